@@ -1,0 +1,217 @@
+"""Small questions about an ``onnx_ir`` graph that every pass asks: what is in it, what is constant, who uses what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+GRAPH_ATTRIBUTES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The bodies that a node carries as attributes (If, Loop, Scan, ...), not those nested deeper."""
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif attribute.type is ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
+
+
+def has_subgraphs(node: ir.Node) -> bool:
+    """Whether the node carries a body."""
+    return bool(node.attributes) and any(a.type in GRAPH_ATTRIBUTES for a in node.attributes.values())
+
+
+def nested_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """The graph and every body below it, outer before inner."""
+    pending = [graph]
+    while pending:
+        current = pending.pop()
+        yield current
+        pending.extend(body for node in current if has_subgraphs(node) for body in subgraphs(node))
+
+
+def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """Every graph of a model: the main graph, function bodies, and all bodies nested in them."""
+    yield from nested_graphs(model.graph)
+    for function in model.functions.values():
+        yield from nested_graphs(function.graph)
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of a model, bodies and functions included."""
+    for graph in all_graphs(model):
+        yield from graph
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether a value is the same in every run: an initializer no caller can override, or a Constant's output."""
+    if value is None:
+        return False
+    if value.is_initializer():
+        return not value.is_graph_input() and value.const_value is not None
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Constant" and constant_tensor(value) is not None
+
+
+def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The tensor behind a constant value, untouched (nothing is read from disk), or None.
+
+    ``Constant`` nodes with ``value``, ``value_int(s)`` and ``value_float(s)`` are understood; others give None.
+    """
+    if value is None:
+        return None
+    if value.is_initializer():
+        return None if value.is_graph_input() else value.const_value
+    producer = value.producer()
+    if producer is None or producer.op_type != "Constant" or producer.domain != "":
+        return None
+    for name, attribute in producer.attributes.items():
+        if attribute.is_ref():
+            return None
+        if name == "value":
+            return attribute.as_tensor()
+        if name == "value_int":
+            return ir.tensor(np.array(attribute.as_int(), np.int64))
+        if name == "value_ints":
+            return ir.tensor(np.array(attribute.as_ints(), np.int64))
+        if name == "value_float":
+            return ir.tensor(np.array(attribute.as_float(), np.float32))
+        if name == "value_floats":
+            return ir.tensor(np.array(attribute.as_floats(), np.float32))
+    return None
+
+
+def constant_array(value: ir.Value | None, *, limit: int | None = None) -> np.ndarray | None:
+    """The numpy array behind a constant value, or None where it is no constant or has more than ``limit`` elements."""
+    tensor = constant_tensor(value)
+    if tensor is None or (limit is not None and tensor.size > limit):
+        return None
+    return tensor.numpy()
+
+
+def scalar_of(value: ir.Value | None) -> float | None:
+    """The number in a constant of one element, whatever its rank; None for anything else."""
+    array = constant_array(value, limit=1)
+    if array is None or array.size != 1 or array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        return None
+    return float(array.reshape(()))
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The shape of a value where every axis is a known number, else None."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return value.shape.numpy()
+
+
+def rank(value: ir.Value | None) -> int | None:
+    """The number of axes of a value, or None where it is not known."""
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def sole_consumer(value: ir.Value) -> ir.Node | None:
+    """The one node that uses a value, exactly once and not as a graph output; None otherwise."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    return next(iter(uses)).node
+
+
+def is_used(node: ir.Node) -> bool:
+    """Whether any output of a node is read by a node or returned by a graph."""
+    return any(output.uses() or output.is_graph_output() for output in node.outputs)
+
+
+def detach(node: ir.Node) -> list[ir.Value]:
+    """Make a node, and every node in its bodies, stop using their inputs.
+
+    Returns:
+        The values that it used, so that a caller can see which of them nobody uses any more.
+    """
+    released: list[ir.Value] = []
+    for body in subgraphs(node):
+        for inner in body:
+            released.extend(detach(inner))
+        released.extend(output for output in body.outputs if output.graph is not body or output.producer() is None)
+        body.outputs.clear()
+    for index, value in enumerate(node.inputs):
+        if value is not None:
+            node.replace_input_with(index, None)
+            released.append(value)
+    return released
+
+
+def captured_values(graph: ir.Graph) -> list[ir.Value]:
+    """The values that a body takes from the graphs around it, each once, in order of first use."""
+    own: set[ir.Value] = set()
+    captured: dict[ir.Value, None] = {}
+    for inner in nested_graphs(graph):
+        own.update(inner.inputs)
+        own.update(inner.initializers.values())
+        for node in inner:
+            own.update(node.outputs)
+    for inner in nested_graphs(graph):
+        for node in inner:
+            captured.update((value, None) for value in node.inputs if value is not None and value not in own)
+        captured.update((value, None) for value in inner.outputs if value not in own)
+    return list(captured)
+
+
+def value_names(model: ir.Model) -> set[str]:
+    """Every value name in use, bodies included (functions have scopes of their own)."""
+    names: set[str] = set()
+    for graph in nested_graphs(model.graph):
+        names.update(value.name for value in graph.inputs if value.name)
+        names.update(graph.initializers)
+        names.update(output.name for node in graph for output in node.outputs if output.name)
+    return names
+
+
+def count_nodes(model: ir.Model) -> int:
+    """The number of nodes, bodies and functions included, Constant nodes left out (they compute nothing)."""
+    return sum(1 for node in all_nodes(model) if node.op_type != "Constant")
+
+
+def parameters(model: ir.Model) -> tuple[int, int]:
+    """The number of weight elements and their bytes, each tensor object counted once."""
+    seen: dict[int, ir.TensorProtocol] = {}
+    for graph in all_graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                seen[id(value.const_value)] = value.const_value
+        for node in graph:
+            if node.op_type == "Constant" and (tensor := constant_tensor(node.outputs[0])) is not None:
+                seen[id(tensor)] = tensor
+    return sum(t.size for t in seen.values()), sum(t.nbytes for t in seen.values())
+
+
+def opset(model: ir.Model, domain: str = "") -> int:
+    """The version of an operator domain that a model imports; 0 where it imports none."""
+    imports = model.opset_imports
+    return imports.get(domain, imports.get("ai.onnx", 0) if domain == "" else 0)
+
+
+def topological(nodes: Iterable[ir.Node]) -> list[ir.Node]:
+    """Nodes of one graph in an order in which each comes after those it reads from (within the given ones)."""
+    pending = list(nodes)
+    members = set(pending)
+    done: set[ir.Node] = set()
+    order: list[ir.Node] = []
+    for start in pending:
+        stack = [start]
+        while stack:
+            node = stack[-1]
+            if node in done:
+                stack.pop()
+                continue
+            waiting = [p for p in node.predecessors() if p in members and p not in done]
+            if waiting:
+                stack.extend(waiting)
+            else:
+                done.add(node)
+                order.append(node)
+                stack.pop()
+    return order

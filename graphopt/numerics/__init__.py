@@ -1,0 +1,1 @@
+"""Pure numpy: the arithmetic behind the passes. Knows nothing of ONNX."""

@@ -1,0 +1,143 @@
+"""Runs passes in the order of their stages and attaches what passes do not contain: timing, memory, structure checks."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from graphopt import graphs
+from graphopt.errors import GraphoptError
+from graphopt.rewrite.context import Context
+from graphopt.rewrite.contract import Pass, Stage
+from graphopt.verify.structure import check_structure, interface_of, sort_if_needed
+
+# A stage is repeated while it still finds something; elimination chains are short, and a pass that never settles
+# must not hang the tool.
+MAX_ROUNDS = 12
+
+
+@dataclass
+class PassRecord:
+    """What one pass did in a run.
+
+    Attributes:
+        applications: Replacements that it tried.
+        kept: Replacements in the result.
+        undone: Replacements that verification took back.
+        reason: Why applications were undone or not kept, in words.
+        seconds: Wall time.
+        peak_bytes: The process's highest resident memory so far.
+        error: The exception that ended the pass early, if one did.
+        near_misses: Node -> why it nearly matched and did not.
+    """
+
+    name: str
+    kind: str
+    stage: str
+    applications: int = 0
+    kept: int = 0
+    undone: int = 0
+    reason: str = ""
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    error: str = ""
+    near_misses: dict[str, str] = field(default_factory=dict)
+
+
+Progress = Callable[[str, float], None]
+
+
+def run_passes(
+    ctx: Context, passes: Sequence[Pass], *, check: bool = True, progress: Progress | None = None
+) -> list[PassRecord]:
+    """Run passes on a model: stages in order, each repeated until nothing changes, then elimination once more.
+
+    Args:
+        ctx: The model and its target.
+        passes: In any order; the stage decides, then the order given.
+        check: Whether to check the structure after each pass that changed something.
+        progress: Called with a pass's name and its seconds.
+
+    Returns:
+        One record a pass, in the order in which they first ran.
+
+    Raises:
+        GraphoptError: A pass broke the structure of the graph (a bug in that pass).
+    """
+    records = {p.name: PassRecord(p.name, p.kind.value, p.stage.name.lower()) for p in passes}
+    interface = interface_of(ctx.model)
+    order = sorted(passes, key=lambda p: p.stage)
+    by_stage = {stage: [p for p in order if p.stage is stage] for stage in Stage}
+
+    def run_stage(stage: Stage) -> bool:
+        changed = False
+        for _ in range(MAX_ROUNDS):
+            # A list, not a generator: every pass of the stage runs in each round.
+            round_changed = any([run_one(p) for p in by_stage[stage]])
+            changed = changed or round_changed
+            if not round_changed or stage is Stage.IMPORT:
+                break
+        return changed
+
+    def run_one(p: Pass) -> bool:
+        record = records[p.name]
+        record.nodes_before = record.nodes_before or graphs.count_nodes(ctx.model)
+        before = len(ctx.applications)
+        start = time.perf_counter()
+        ctx.running(p)
+        try:
+            p.apply(ctx)
+        except GraphoptError:
+            raise
+        except Exception as error:
+            # Each replacement leaves a whole graph behind, so what was done before the error stands (and is verified).
+            record.error = f"{type(error).__name__}: {error}"
+        finally:
+            ctx.running(None)
+        made = len(ctx.applications) - before
+        if made:
+            sort_if_needed(ctx.model)
+            if check and (problems := check_structure(ctx.model, interface)):
+                raise GraphoptError(
+                    f"left a broken graph: {problems[0]}",
+                    where=f"pass {p.name}",
+                    hint=f"leave it out with --set {p.name}.enabled=false, and report it",
+                )
+        record.seconds += time.perf_counter() - start
+        record.applications += made
+        record.kept += made
+        record.peak_bytes = peak_rss()
+        record.nodes_after = graphs.count_nodes(ctx.model)
+        if progress is not None:
+            progress(p.name, record.seconds)
+        return made > 0
+
+    changed_later = False
+    for stage in Stage:
+        changed = run_stage(stage)
+        changed_later = changed_later or (changed and stage > Stage.ELIMINATE)
+    if changed_later:
+        run_stage(Stage.ELIMINATE)
+
+    for p in order:
+        record = records[p.name]
+        record.near_misses = ctx.near_misses.get(p.name, {})
+        if ctx.not_cheaper[p.name]:
+            record.reason = f"{ctx.not_cheaper[p.name]} not cheaper on {ctx.target.name}"
+    return list(records.values())
+
+
+def peak_rss() -> int:
+    """The highest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_seconds(records: Iterable[PassRecord]) -> float:
+    """Wall time of all passes."""
+    return sum(record.seconds for record in records)

@@ -1,0 +1,1 @@
+"""Running models: which onnxruntime is there, sessions, and runners for any backend."""

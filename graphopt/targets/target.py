@@ -1,0 +1,170 @@
+"""A target answers two questions: does it run this node, and is this set of nodes cheaper than that one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import onnx_ir as ir
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graphopt.errors import BadInput
+
+BUILT_IN = Path(__file__).parent
+
+
+class CostProfile(BaseModel):
+    """What work costs on one machine, in microseconds. Defaults ship with a target; ``profile-target`` measures.
+
+    Attributes:
+        node: Launching one operator.
+        gigaflops: Billions of multiply-adds a second in a matrix product.
+        gigabytes: Billions of bytes a second through an elementwise operator.
+        control_flow: Entering a body of If, Loop or Scan.
+        free: Operators that cost nothing, since the backend removes them or returns a view.
+        dimension: The size that stands for an axis whose size is not known.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    node: float = 3.0
+    gigaflops: float = 40.0
+    gigabytes: float = 8.0
+    control_flow: float = 2.0
+    free: tuple[str, ...] = ("Identity", "Constant", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+    dimension: int = 64
+
+
+class Target(BaseModel):
+    """A backend and what it can do.
+
+    Attributes:
+        name: As given to ``--target``.
+        backend: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
+        version: The backend version that the facts below were read from.
+        opset: The highest opset that a pass may raise a model to.
+        ir_version: The highest ONNX IR version that a pass may raise a model to.
+        unsupported: Standard operators that the backend does not run.
+        extensions: Domain -> operators beyond the standard that it runs.
+        costs: Its cost profile.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    backend: str
+    version: str
+    opset: int
+    ir_version: int
+    unsupported: frozenset[str] = frozenset()
+    extensions: dict[str, frozenset[str]] = Field(default_factory=dict)
+    costs: CostProfile = CostProfile()
+
+    def supports(self, node: ir.Node, opset: int) -> bool:
+        """Whether the backend runs a node that a pass wants to write into a model of this opset."""
+        if node.domain != "":
+            return node.op_type in self.extensions.get(node.domain, frozenset())
+        return node.op_type not in self.unsupported and _introduced(node.op_type) <= opset
+
+    def cost(self, nodes: Iterable[ir.Node]) -> float:
+        """Estimated microseconds to run nodes one after the other, constants not counted."""
+        return sum(self._cost(node) for node in nodes)
+
+    def cheaper(self, new: Sequence[ir.Node], old: Sequence[ir.Node]) -> bool:
+        """Whether new nodes cost less than the old ones, or as much with fewer nodes."""
+        before, after = self.cost(old), self.cost(new)
+        return after < before or (after == before and len(new) < len(old))
+
+    def _cost(self, node: ir.Node) -> float:
+        if node.op_type in self._free and node.domain == "":
+            return 0.0
+        moved = sum(self._bytes(v) for v in node.outputs) + sum(
+            self._bytes(v) for v in node.inputs if v is not None and not v.is_initializer()
+        )
+        total = self.costs.node + moved / (self.costs.gigabytes * 1e3)
+        if node.op_type in _PRODUCTS:
+            total += self._multiply_adds(node) / (self.costs.gigaflops * 1e3)
+        for attribute in node.attributes.values():
+            if attribute.type is ir.AttributeType.GRAPH:
+                # One branch of an If runs, not both: half of what stands there is a fair guess.
+                total += self.costs.control_flow + 0.5 * self.cost(attribute.as_graph())
+        return total
+
+    @cached_property
+    def _free(self) -> frozenset[str]:
+        return frozenset(self.costs.free)
+
+    def _elements(self, value: ir.Value) -> int:
+        if value.shape is None:
+            return self.costs.dimension**2
+        count = 1
+        for axis in value.shape:
+            count *= axis if isinstance(axis, int) else self.costs.dimension
+        return count
+
+    def _bytes(self, value: ir.Value) -> float:
+        return self._elements(value) * (value.dtype.itemsize if value.dtype is not None else 4)
+
+    def _multiply_adds(self, node: ir.Node) -> float:
+        """Outputs times the length of the reduction, which the last-but-one axis of the weight gives."""
+        weight = node.inputs[1] if len(node.inputs) > 1 else None
+        reduction = self.costs.dimension
+        if weight is not None and weight.shape is not None and weight.shape.is_static() and len(weight.shape) > 1:
+            dims = weight.shape.numpy()
+            if node.op_type == "Conv":
+                reduction = 1
+                for axis in dims[1:]:
+                    reduction *= axis
+            else:
+                flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+                reduction = dims[-1] if flipped else dims[-2]
+        return float(self._elements(node.outputs[0]) * reduction)
+
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "FusedMatMul"})
+
+
+def _introduced(op_type: str) -> int:
+    """The first opset that has an operator; a very high number for one the standard does not know."""
+    version = _INTRODUCED.get(op_type)
+    if version is None:
+        import onnx.defs
+
+        versions = [s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == op_type and not s.domain]
+        version = _INTRODUCED[op_type] = min(versions, default=10**6)
+    return version
+
+
+_INTRODUCED: dict[str, int] = {"Identity": 1, "Constant": 1}
+
+
+def target_names() -> list[str]:
+    """The targets that ship with graphopt."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+
+
+def load_target(name: str) -> Target:
+    """A target by its name, or from a YAML file that ``profile-target`` wrote.
+
+    Raises:
+        BadInput: No such target or file, or the file does not describe one.
+    """
+    path = BUILT_IN / f"{name}.yaml"
+    if not path.exists():
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml") or not path.exists():
+            raise BadInput(f"no target '{name}'", hint=f"one of: {', '.join(target_names())}, or a .yaml file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Target.model_validate(data)
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"not a target description: {_first_problem(error)}", where=str(path)) from error
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+    return str(error).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Custom operators of the domain ``graphopt``: one folder an operator."""
