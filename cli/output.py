@@ -103,9 +103,10 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(
-        box=None, title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False
-    )
+    gap = 2 if len(columns) <= 7 else 1
+    made = Table(box=None, title=title, title_justify="left", header_style="bold", padding=(0, gap, 0, 0))
+    made.title_style = "bold"
+    made.pad_edge = False
     for column in columns:
         heading, justify = (column, "left") if isinstance(column, str) else column
         if justify == "right":

@@ -1,1 +1,40 @@
-"""graphopt: rewrite ONNX models, prove that they still compute the same, build engines from them."""
+"""graphopt: rewrite ONNX models, prove that they still compute the same, build engines from them.
+
+The functions here are the commands of the same names. They are imported when they are first used, so that
+``import graphopt`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.bench import bench
+    from graphopt.bisecting import bisect
+    from graphopt.engines import build_engine as build
+    from graphopt.exporting import export
+    from graphopt.inspection import inspect
+    from graphopt.optimizing import optimize
+    from graphopt.runtime import load
+    from graphopt.verifying import verify
+
+__all__ = ["bench", "bisect", "build", "export", "inspect", "load", "optimize", "verify"]
+
+_HOMES = {
+    "bench": ("graphopt.bench", "bench"),
+    "bisect": ("graphopt.bisecting", "bisect"),
+    "build": ("graphopt.engines", "build_engine"),
+    "export": ("graphopt.exporting", "export"),
+    "inspect": ("graphopt.inspection", "inspect"),
+    "load": ("graphopt.runtime", "load"),
+    "optimize": ("graphopt.optimizing", "optimize"),
+    "verify": ("graphopt.verifying", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'graphopt' has no attribute '{name}'")
+    module, function = _HOMES[name]
+    return getattr(importlib.import_module(module), function)

@@ -95,7 +95,7 @@ def constant_array(value: ir.Value | None, *, limit: int | None = None) -> np.nd
 def scalar_of(value: ir.Value | None) -> float | None:
     """The number in a constant of one element, whatever its rank; None for anything else."""
     array = constant_array(value, limit=1)
-    if array is None or array.size != 1 or array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+    if array is None or array.size != 1 or (array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16"):
         return None
     return float(array.reshape(()))
 

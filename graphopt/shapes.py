@@ -1,28 +1,183 @@
-"""Shape inference: what onnx can tell of the values in a model, filled in without touching a weight."""
+"""Shape inference: what onnx can tell of the values in a model, without touching a weight.
+
+Files declare shapes of inner values and outputs that no runtime checks, and that are wrong in some files. So
+inference starts from the model's inputs and weights alone. Where it disagrees with a declaration it wins; where it
+knows less the declaration stays, for estimates, and ``trusted_shape`` gives only what was inferred.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
+import onnx
 import onnx_ir as ir
 
+from graphopt import graphs
+
 logger = logging.getLogger(__name__)
+
+ShapeInference = Callable[[ir.Model], None]
+
+# Tensors up to this size go into the inference: they may be shapes, axes or sizes.
+_SMALL_BYTES = 1024
+_TRUSTED = "graphopt.trusted_shape"
+# Names that exporters write where they know none: two such axes need not be equal.
+_PLACEHOLDERS = frozenset({"", "?", "-1", "None", "none", "null", "unk", "unknown", "dynamic", "Dynamic", "*"})
 
 
 def infer_shapes(model: ir.Model) -> None:
     """Fill in types and shapes that onnx can infer. What it cannot stays as it is: partial knowledge is success."""
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    noisy = logging.getLogger("onnx_ir.passes.common.shape_inference")
-    level = noisy.level
-    noisy.setLevel(logging.CRITICAL)
     try:
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+        proto = _skeleton(model)
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except Exception as error:  # a model that onnx's inference cannot digest is still a model
         logger.info("shape inference stopped: %s", error)
-    finally:
-        noisy.setLevel(level)
+        for graph in graphs.nested_graphs(model.graph):
+            for node in graph:
+                for value in node.outputs:
+                    _write_back(value, None)
+        return
+    _read_graph(model.graph, inferred.graph, main=True)
 
 
-ShapeInference = Callable[[ir.Model], None]
+def trusted_shape(value: ir.Value) -> ir.Shape | None:
+    """The shape of a value as far as it follows from the model's inputs and weights; None where it does not.
+
+    ``value.shape`` may say more: what the file declares and nothing confirms.
+    """
+    if value.is_initializer() and value.const_value is not None and not value.is_graph_input():
+        return ir.Shape(value.const_value.shape.numpy())
+    if _TRUSTED in value.meta:
+        shape = value.meta[_TRUSTED]
+        return shape if isinstance(shape, ir.Shape) else None
+    return None if value.is_graph_output() and not value.is_graph_input() else value.shape
+
+
+# -- the model without its weights -------------------------------------------------------------------------------------
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model as a proto with the content of small constants only, and without declared inner shapes."""
+    proto = onnx.ModelProto(ir_version=10)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    _write_graph(proto.graph, model.graph, main=True)
+    for function in model.functions.values():
+        proto.functions.append(ir.to_proto(function))
+    return proto
+
+
+def _write_graph(proto: onnx.GraphProto, graph: ir.Graph, *, main: bool) -> None:
+    proto.name = graph.name or "graph"
+    for value in graph.inputs:
+        # A caller's array must match a static axis of a model input; nothing checks what a body declares.
+        _declare(proto.input.add(), value, shape=value.shape if main else None)
+    for value in graph.initializers.values():
+        if value.const_value is not None and not value.is_graph_input():
+            _write_tensor(proto.initializer.add(), value.const_value, value.name or "")
+    for node in graph:
+        made = proto.node.add()
+        made.op_type, made.domain, made.overload = node.op_type, node.domain, node.overload
+        made.input.extend([v.name or "" if v is not None else "" for v in node.inputs])
+        made.output.extend([v.name or "" for v in node.outputs])
+        for attribute in node.attributes.values():
+            _write_attribute(made, attribute)
+        if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
+            # What onnx does not know keeps what the file says of it.
+            for value in node.outputs:
+                if value.name and value.type is not None and not value.is_graph_output():
+                    _declare(proto.value_info.add(), value, shape=value.shape)
+    for value in graph.outputs:
+        _declare(proto.output.add(), value, shape=None)
+
+
+def _declare(info: onnx.ValueInfoProto, value: ir.Value, *, shape: ir.Shape | None) -> None:
+    info.name = value.name or ""
+    if value.type is None:
+        return
+    ir.serde.serialize_type_into(info.type, value.type)
+    if shape is not None:
+        kept = [d if isinstance(d, int) or (d.value or "") not in _PLACEHOLDERS else None for d in shape]
+        ir.serde.serialize_shape_into(info.type, ir.Shape(kept))
+
+
+def _write_attribute(node: onnx.NodeProto, attribute: ir.Attr) -> None:
+    made = node.attribute.add()
+    if not attribute.is_ref():
+        if attribute.type is ir.AttributeType.GRAPH:
+            made.name, made.type = attribute.name, onnx.AttributeProto.GRAPH
+            _write_graph(made.g, attribute.as_graph(), main=False)
+            return
+        if attribute.type is ir.AttributeType.TENSOR:
+            made.name, made.type = attribute.name, onnx.AttributeProto.TENSOR
+            _write_tensor(made.t, attribute.value, "")  # as_tensor() is slow: it checks a protocol
+            return
+    ir.serde.serialize_attribute_into(made, attribute)
+
+
+def _write_tensor(proto: onnx.TensorProto, tensor: ir.TensorProtocol, name: str) -> None:
+    proto.name = name
+    proto.data_type = int(tensor.dtype)
+    proto.dims.extend(tensor.shape.numpy())
+    if tensor.dtype != ir.DataType.STRING and tensor.nbytes <= _SMALL_BYTES:
+        proto.raw_data = tensor.tobytes()
+
+
+# -- what came of it ---------------------------------------------------------------------------------------------------
+
+
+def _read_graph(graph: ir.Graph, proto: onnx.GraphProto, *, main: bool) -> None:
+    found: dict[str, onnx.TypeProto] = {info.name: info.type for info in proto.value_info}
+    found.update((info.name, info.type) for info in proto.output)
+    if not main:
+        inputs: Mapping[str, onnx.TypeProto] = {info.name: info.type for info in proto.input}
+        _read_values(graph.inputs, inputs)
+    for index, node in enumerate(graph):
+        _read_values(node.outputs, found)
+        if graphs.has_subgraphs(node):
+            bodies = {a.name: a.g for a in proto.node[index].attribute if a.type == onnx.AttributeProto.GRAPH}
+            for name, attribute in node.attributes.items():
+                if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
+                    _read_graph(attribute.as_graph(), bodies[name], main=False)
+
+
+def _read_values(values: Iterable[ir.Value], found: Mapping[str, onnx.TypeProto]) -> None:
+    for value in values:
+        _write_back(value, found.get(value.name or ""))
+
+
+def _write_back(value: ir.Value, type_: onnx.TypeProto | None) -> None:
+    inferred: ir.Shape | None = None
+    if type_ is not None:
+        if value.type is None:
+            value.type = ir.serde.deserialize_type_proto_for_type(type_)
+        if type_.HasField("tensor_type") and type_.tensor_type.HasField("shape"):
+            inferred = _shape(type_.tensor_type.shape)
+    declared = value.shape
+    if value.is_graph_output() or (declared is not None and (inferred is None or _says_more(declared, inferred))):
+        value.meta[_TRUSTED] = inferred
+        if declared is None and value.producer() is not None and not value.is_graph_output():
+            value.shape = inferred
+        return
+    value.meta.pop(_TRUSTED, None)
+    if inferred is not None:
+        value.shape = inferred
+
+
+def _shape(proto: onnx.TensorShapeProto) -> ir.Shape:
+    return ir.Shape([d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in proto.dim])
+
+
+def _says_more(declared: ir.Shape, inferred: ir.Shape) -> bool:
+    """Whether a declared shape agrees with an inferred one and names axes that it does not."""
+    if len(declared) != len(inferred):
+        return False
+    more = False
+    for axis, known in zip(declared, inferred, strict=True):
+        if isinstance(known, int):
+            if isinstance(axis, int) and axis != known:
+                return False
+        elif isinstance(axis, int) or (axis.value is not None and known.value is None):
+            more = True
+    return more

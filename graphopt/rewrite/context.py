@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -88,6 +88,7 @@ class Context:
         self._current: Pass | None = None
         self._keys: Counter[str] = Counter()
         self._names: set[str] | None = None
+        self._suffixes: dict[str, int] = {}
         self._pinned = frozenset(model.graph.inputs) | frozenset(model.graph.outputs)
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -134,7 +135,10 @@ class Context:
         """A new constant in no graph yet; ``replace`` puts it into the graph of the nodes that use it."""
         tensor = ir.tensor(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
         return ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape)), const_value=tensor
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(list(tensor.shape)),
+            const_value=tensor,
         )
 
     # -- changing --------------------------------------------------------------------------------------------------
@@ -153,6 +157,7 @@ class Context:
         *,
         rule: str,
         before: ir.Node | None = None,
+        certain: bool = False,
     ) -> bool:
         """Let new values take the place of old ones.
 
@@ -166,6 +171,8 @@ class Context:
             nodes: New nodes in topological order, in no graph yet.
             rule: Which rule of the pass this is.
             before: Where the new nodes go; default: before the node that produces the first old value.
+            certain: The rule knows that the result is never dearer, and the cost profile is not asked (which takes
+                both branches of an If for taken half of the time, and sees no gain until the last reader is gone).
 
         Returns:
             False where nothing was changed: the application is on the skip list, the target does not run a new node,
@@ -178,7 +185,7 @@ class Context:
         graph = anchor.graph
         assert isinstance(graph, ir.Graph)
 
-        key = self._key(rule, old_values[0])
+        key = self._key(rule, old_values[0].name)
         if key in self.skip or (self.limit is not None and len(self.applications) >= self.limit):
             return self._drop(nodes)
         unsupported = next((n for n in nodes if not self.target.supports(n, self.opset)), None)
@@ -188,7 +195,7 @@ class Context:
 
         mapping, nodes = self._keep_output_names(outputs, nodes)
         dying = self._dying(mapping)
-        if nodes and not self.target.cheaper(nodes, dying):
+        if nodes and not certain and not self.target.cheaper(nodes, dying):
             self.not_cheaper[self._current.name] += 1
             self.refuse(anchor, f"not cheaper on {self.target.name}")
             return self._drop(nodes)
@@ -206,12 +213,11 @@ class Context:
         for observer in self.observers:
             observer.replacing(application, mapping, nodes)
         self._commit(graph, anchor, mapping, nodes, application)
+        self._keys[key.partition("#")[0]] += 1
         self.applications.append(application)
         return True
 
-    def replace_with_constant(
-        self, value: ir.Value, array: np.ndarray | ir.TensorProtocol, *, rule: str
-    ) -> bool:
+    def replace_with_constant(self, value: ir.Value, array: np.ndarray | ir.TensorProtocol, *, rule: str) -> bool:
         """Let a constant take the place of a value. A graph output keeps a node that produces it."""
         constant = self.constant(array, value.name or "constant")
         if value.is_graph_output():
@@ -221,6 +227,29 @@ class Context:
             constant.type = value.type if value.dtype == constant.dtype else constant.type
         return self.replace({value: constant}, rule=rule)
 
+    def remove(self, name: str, delete: Callable[[], object], *, rule: str, sources: Sequence[str] = ()) -> bool:
+        """Delete something that nobody reads: dead nodes, constants, functions.
+
+        Args:
+            name: What it is called, for the application's key.
+            delete: Deletes it.
+            sources: Names of the nodes that go.
+
+        Returns:
+            False where nothing was changed: the application is on the skip list.
+        """
+        assert self._current is not None, "remove() works inside a pass only"
+        key = self._key(rule, name)
+        if key in self.skip or (self.limit is not None and len(self.applications) >= self.limit):
+            return False
+        application = Application(key, self._current.name, rule, self._current.kind, list(sources))
+        for observer in self.observers:
+            observer.replacing(application, {}, [])
+        delete()
+        self._keys[key.partition("#")[0]] += 1
+        self.applications.append(application)
+        return True
+
     def remove_dead(self, nodes: Iterable[ir.Node]) -> int:
         """Remove those of the given nodes that nobody reads, and what only they read. Returns how many nodes went."""
         return self._sweep(list(nodes))
@@ -229,9 +258,7 @@ class Context:
 
     def allows_foreign(self, name: str) -> bool:
         """Whether a foreign pass may run: it is not on the skip list and the limit is not reached."""
-        return f"{name}:foreign@model" not in self.skip and (
-            self.limit is None or len(self.applications) < self.limit
-        )
+        return f"{name}:foreign@model" not in self.skip and (self.limit is None or len(self.applications) < self.limit)
 
     def record_foreign(self, name: str) -> None:
         """Record that a foreign pass changed the model."""
@@ -245,12 +272,12 @@ class Context:
 
     # -- how it is done --------------------------------------------------------------------------------------------
 
-    def _key(self, rule: str, value: ir.Value) -> str:
+    def _key(self, rule: str, name: str | None) -> str:
         assert self._current is not None
-        base = f"{self._current.name}:{rule}@{value.name}"
-        self._keys[base] += 1
+        base = f"{self._current.name}:{rule}@{name}"
+        # Only what was done counts: a rule that was refused somewhere keeps its key when it tries again.
         count = self._keys[base]
-        return base if count == 1 else f"{base}#{count}"
+        return base if count == 0 else f"{base}#{count + 1}"
 
     def _drop(self, nodes: Sequence[ir.Node]) -> bool:
         for node in nodes:
@@ -287,9 +314,7 @@ class Context:
             if all(
                 value in gone
                 or (
-                    value not in kept
-                    and not value.is_graph_output()
-                    and all(use.node in dying for use in value.uses())
+                    value not in kept and not value.is_graph_output() and all(use.node in dying for use in value.uses())
                 )
                 for value in node.outputs
             ):
@@ -304,16 +329,16 @@ class Context:
         """A value name that nothing in the model has yet, and that is taken from now on."""
         if self._names is None:
             self._names = graphs.value_names(self.model)
-        name, count = base, 0
+        name, count = base, self._suffixes.get(base, 0)
         while name in self._names:
             count += 1
             name = f"{base}_{count}"
+        # Where the search ended is where the next one starts: many values may ask for the same base.
+        self._suffixes[base] = count
         self._names.add(name)
         return name
 
-    def _name_new_values(
-        self, graph: ir.Graph, mapping: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]
-    ) -> None:
+    def _name_new_values(self, graph: ir.Graph, mapping: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]) -> None:
         # A replacement by a new node takes the old value's name where the old value leaves, so that names keep their
         # meaning through any number of rewrites; everything else gets a fresh one.
         heirs = {new: old for old, new in mapping.items()}

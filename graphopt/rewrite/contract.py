@@ -26,7 +26,7 @@ class Kind(enum.StrEnum):
 
 
 class Stage(enum.IntEnum):
-    """When a pass runs. The order matters: merging after pruning destroys masks, quantising before rotating is wrong."""
+    """When a pass runs. Order matters: merging after pruning destroys masks, quantising before rotating is wrong."""
 
     IMPORT = 0
     MERGE = 1

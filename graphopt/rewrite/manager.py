@@ -1,4 +1,4 @@
-"""Runs passes in the order of their stages and attaches what passes do not contain: timing, memory, structure checks."""
+"""Runs passes in the order of their stages, and adds what passes do not contain: timing, memory, structure checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graphopt import graphs
 from graphopt.errors import GraphoptError
 from graphopt.rewrite.context import Context
 from graphopt.rewrite.contract import Pass, Stage
-from graphopt.verify.structure import check_structure, interface_of, sort_if_needed
+from graphopt.verification.structure import check_structure, interface_of, sort_if_needed
 
 # A stage is repeated while it still finds something; elimination chains are short, and a pass that never settles
 # must not hang the tool.
@@ -77,8 +77,9 @@ def run_passes(
     def run_stage(stage: Stage) -> bool:
         changed = False
         for _ in range(MAX_ROUNDS):
-            # A list, not a generator: every pass of the stage runs in each round.
-            round_changed = any([run_one(p) for p in by_stage[stage]])
+            round_changed = False
+            for p in by_stage[stage]:
+                round_changed = run_one(p) or round_changed
             changed = changed or round_changed
             if not round_changed or stage is Stage.IMPORT:
                 break

@@ -1,7 +1,7 @@
 """Which onnxruntime distribution is installed.
 
-The flavours (``onnxruntime``, ``onnxruntime-gpu``, ...) install files of the same names over each other, so two
-at once is an undefined mixture of both. The base of graphopt depends on none of them: the user picks one.
+The flavours (``onnxruntime``, ``onnxruntime-gpu``, ...) install files of the same names over each other, so
+two at once is an undefined mixture of both. The base of graphopt depends on none of them: the user picks one.
 """
 
 from __future__ import annotations
@@ -52,11 +52,9 @@ def onnxruntime_flavour() -> tuple[str, str]:
             "onnxruntime is not installed", hint="pip install 'graphopt[cpu]' or pip install 'graphopt[gpu]'"
         )
     if len(found) > 1:
-        names = " and ".join(found)
-        keep = next(name for name in reversed(found))
         raise MissingDependency(
-            f"{names} are both installed and overwrite each other" if len(found) == 2 else f"{names} are all installed",
-            hint=f"pip uninstall -y {' '.join(found)}, then install one of them, such as pip install {keep}",
+            f"{' and '.join(found)} are installed together and overwrite each other",
+            hint=f"pip uninstall -y {' '.join(found)}; pip install {list(found)[-1]}, or whichever you want",
         )
     return next(iter(found.items()))
 
@@ -73,6 +71,8 @@ def import_onnxruntime() -> ModuleType:
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MissingDependency(
-            f"{name} {version} is installed but does not load: {reason}", hint=f"pip install --force-reinstall {name}"
+            f"{name} {version} is installed but does not load: {reason}",
+            hint=f"pip install --force-reinstall {name}",
         ) from error
-    return onnxruntime
+    module: ModuleType = onnxruntime
+    return module

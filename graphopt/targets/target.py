@@ -132,7 +132,9 @@ def _introduced(op_type: str) -> int:
     if version is None:
         import onnx.defs
 
-        versions = [s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == op_type and not s.domain]
+        versions = [
+            s.since_version for s in onnx.defs.get_all_schemas_with_history() if s.name == op_type and not s.domain
+        ]
         version = _INTRODUCED[op_type] = min(versions, default=10**6)
     return version
 

@@ -1,4 +1,4 @@
-"""T0: after a pass, the graph is still a graph and the interface is still the same. Linear in nodes, reads no weight."""
+"""T0: after a pass the graph is still a graph, the interface still the same. Linear in nodes, reads no weight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Interface:
 def interface_of(model: ir.Model) -> Interface:
     """The interface of a model: names, types and shapes, in order."""
     return Interface(
-        tuple(_port(value) for value in model.graph.inputs), tuple(_port(value) for value in model.graph.outputs)
+        tuple(_port(value) for value in model.graph.inputs),
+        tuple(_port(value) for value in model.graph.outputs),
     )
 
 
@@ -100,9 +101,11 @@ def _check_graph(graph: ir.Graph, outer: frozenset[ir.Value], problems: list[str
         f"initializer {name} has no tensor" for name, value in graph.initializers.items() if value.const_value is None
     )
     for node in graph:
-        for value in node.inputs:
-            if value is not None and value not in visible and value not in outer:
-                problems.append(f"{_label(node)} reads {value.name}, which nothing before it produces")
+        problems.extend(
+            f"{_label(node)} reads {value.name}, which nothing before it produces"
+            for value in node.inputs
+            if value is not None and value not in visible and value not in outer
+        )
         for body in graphs.subgraphs(node):
             _check_graph(body, outer | visible, problems)
         for value in node.outputs:

@@ -1,0 +1,197 @@
+"""``graphopt inspect``: what is in a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from graphopt.cli.output import common_options, console, print_json, progress, table
+
+if TYPE_CHECKING:
+    from graphopt.inspection import Axes, ControlFlow, Inspection, WeightValues
+
+# Rows of a table that has no natural end; --verbose shows them all.
+TOP = 12
+
+
+@click.command("inspect")
+@click.argument("model", metavar="IN")
+@click.option("--weights", "scan", is_flag=True, help="Read every weight and say what its values are like.")
+@common_options
+def command(model: str, scan: bool, as_json: bool, verbose: bool) -> None:
+    """Show what is in a model: ops, weights, axes, control flow, custom ops.
+
+    Weights are not read, however large, unless --weights asks for it.
+    """
+    from pathlib import Path
+
+    from graphopt.files import load_model
+    from graphopt.inspection import describe, scan_weights
+
+    loaded = load_model(model)
+    found = describe(loaded, Path(model))
+    if scan:
+        with progress("reading weights", len(found.weights), enabled=not as_json) as advance:
+            values = scan_weights(loaded, lambda name: advance(1, name[-40:]))
+        found = dataclasses.replace(found, values=values)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found, None if verbose else TOP)
+
+
+def _show(found: Inspection, top: int | None) -> None:
+    out = console()
+    out.print(
+        table(
+            ("model", found.path),
+            [
+                ("written by", found.producer or "unknown"),
+                ("format", f"IR version {found.ir_version}, opsets {_pairs(found.opsets)}"),
+                (
+                    "size",
+                    _size(found.bytes) + "".join(f" + {_size(f.bytes)} in {f.location}" for f in found.data_files),
+                ),
+                ("nodes", f"{found.nodes:,}"),
+                ("weights", f"{found.parameters:,} in {len(found.weights):,} tensors, {_size(found.weight_bytes)}"),
+                *((("functions", _pairs(found.functions)),) if found.functions else ()),
+                *((("metadata", ", ".join(found.metadata)),) if found.metadata else ()),
+            ],
+        )
+    )
+    ports = [("input", value) for value in found.inputs] + [("output", value) for value in found.outputs]
+    out.print()
+    out.print(
+        table(
+            ("", "name", "type", "axes"),
+            [
+                (side, value.name, value.type, _axes(value) + (" (has a default)" if value.has_default else ""))
+                for side, value in ports
+            ],
+        )
+    )
+    out.print()
+    ops = list(found.ops.items())
+    out.print(table(("op", ("nodes", "right")), _cut([(op, f"{count:,}") for op, count in ops], top, "ops")))
+    if found.custom_ops:
+        out.print()
+        out.print(
+            table(
+                ("custom op", "version", ("nodes", "right"), "meaning"),
+                [
+                    (
+                        f"{op.domain or 'ai.onnx'}::{op.op}",
+                        "not imported" if op.version is None else op.version,
+                        f"{op.count:,}",
+                        "function in the model" if op.has_function else "known to its runtime only",
+                    )
+                    for op in found.custom_ops
+                ],
+            )
+        )
+    if found.control_flow:
+        out.print()
+        lines = [(line,) for line in _tree(found.control_flow, 0)]
+        out.print(table(("control flow",), _cut(lines, None if top is None else 3 * top, "lines")))
+    if found.weights:
+        out.print()
+        out.print(
+            table(
+                ("weights of type", ("tensors", "right"), ("elements", "right"), ("size", "right")),
+                [
+                    (dtype, f"{total.tensors:,}", f"{total.elements:,}", _size(total.bytes))
+                    for dtype, total in found.weights_by_dtype.items()
+                ],
+            )
+        )
+        if found.values is None:
+            out.print()
+            rows = [
+                (_elide(weight.name, 50), weight.dtype, _shape(weight.shape), _size(weight.bytes), weight.file or "")
+                for weight in found.weights
+            ]
+            out.print(table(("weight", "type", "shape", ("size", "right"), "file"), _cut(rows, top, "weights")))
+    if found.values is not None:
+        out.print()
+        _show_values(found.values, top)
+
+
+def _show_values(values: Sequence[WeightValues], top: int | None) -> None:
+    """The weights worth a look first: those with NaN or infinite values, out of float16's range, dead channels."""
+
+    def concern(value: WeightValues) -> tuple[bool, bool, bool, int]:
+        size = 1
+        for axis in value.shape:
+            size *= axis
+        constant = value.constant_first + value.constant_last
+        return (not (value.nan or value.inf), not value.over_float16, not constant, -size)
+
+    rows = [
+        (
+            _elide(value.name, 36),
+            value.dtype,
+            _shape(value.shape),
+            "" if value.min is None else f"{value.min:.3g}",
+            "" if value.max is None else f"{value.max:.3g}",
+            f"{value.zeros:.1%}",
+            ", ".join(_remarks(value)),
+        )
+        for value in sorted(values, key=concern)
+    ]
+    columns = ("weight", "type", "shape", ("min", "right"), ("max", "right"), ("zeros", "right"), "remarks")
+    console().print(table(columns, _cut(rows, top, "weights")))
+
+
+def _remarks(value: WeightValues) -> Iterator[str]:
+    if value.nan:
+        yield f"{value.nan:,} NaN"
+    if value.inf:
+        yield f"{value.inf:,} infinite"
+    if value.over_float16:
+        yield f"{value.over_float16:,} beyond float16"
+    if value.constant_first:
+        yield f"{value.constant_first:,}/{value.shape[0]:,} constant along axis 0"
+    if value.constant_last:
+        yield f"{value.constant_last:,}/{value.shape[-1]:,} constant along axis {len(value.shape) - 1}"
+
+
+def _tree(nodes: Sequence[ControlFlow], depth: int) -> Iterator[str]:
+    for node in nodes:
+        yield "  " * depth + (f"{node.op} {node.name}" if node.name else node.op)
+        for body in node.bodies:
+            yield "  " * (depth + 1) + f"{body.attribute}: {body.nodes:,} {'node' if body.nodes == 1 else 'nodes'}"
+            yield from _tree(body.children, depth + 2)
+
+
+def _cut(rows: Sequence[tuple[str, ...]], top: int | None, what: str) -> Sequence[tuple[str, ...]]:
+    if top is None or len(rows) <= top + 1:
+        return rows
+    blank = ("",) * (len(rows[0]) - 1)
+    return [*rows[:top], (f"... {len(rows) - top:,} more {what} (--verbose)", *blank)]
+
+
+def _elide(name: str, width: int) -> str:
+    """The end of a name, which tells weights apart better than its beginning."""
+    return name if len(name) <= width else "..." + name[3 - width :]
+
+
+def _pairs(items: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in items.items())
+
+
+def _axes(value: Axes) -> str:
+    return "of unknown rank" if value.shape is None else _shape(value.shape)
+
+
+def _shape(shape: Sequence[int | str | None]) -> str:
+    return "[" + ", ".join("?" if axis is None else str(axis) for axis in shape) + "]"
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"

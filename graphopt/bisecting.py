@@ -1,0 +1,168 @@
+"""Find the one rewrite after which a model no longer computes the same, and the first tensor that differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt import gates
+from graphopt.errors import GraphoptError
+from graphopt.files import load_model, stage_model
+from graphopt.optimizing import Attempt, Plan, check_whole, feed_source, read_feeds, run_attempt
+from graphopt.recipes import load_recipes, passes_of
+from graphopt.rewrite.context import Application
+from graphopt.shapes import infer_shapes
+from graphopt.targets import load_target
+from graphopt.verification import runnable
+from graphopt.verification.tolerance import distance
+from graphopt.verification.whole import Reference, make_reference, narrow_feeds, run_case, session_for
+
+
+@dataclass
+class Culprit:
+    """What ``bisect`` found.
+
+    Attributes:
+        application: The first application with which the tolerance breaks.
+        number: Its place among all applications, counted from 1.
+        applications: How many there are.
+        reason: How the result differs.
+        tensor: The first value, in the order of the original, that differs; None where only outputs do.
+        tensor_max_abs: By how much.
+        runs: How many rewritten models were run.
+    """
+
+    application: Application
+    number: int
+    applications: int
+    reason: str
+    tensor: str | None
+    tensor_max_abs: float
+    runs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, ready for ``json.dumps``."""
+        return dataclasses.asdict(self)
+
+
+def bisect(
+    path: str | Path,
+    *,
+    recipe: Sequence[str] = ("safe",),
+    settings: Sequence[str] = (),
+    calibration: str | Path | None = None,
+    target: str = "onnxruntime",
+    custom_ops: str | Path | None = None,
+    fail_if: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Culprit | None:
+    """Find the application that breaks the tolerance, by running ever smaller numbers of them.
+
+    Args:
+        path: The model.
+        recipe, settings, calibration, target, custom_ops: As for ``optimize``.
+        fail_if: The tolerance, as conditions such as ``max_abs>1e-5``; default: the rounding rule.
+        progress: Told in words what is being done.
+
+    Returns:
+        The culprit, or None where the whole recipe passes.
+
+    Raises:
+        GraphoptError: Even the unchanged model does not pass.
+    """
+    say = progress or (lambda text: None)
+    source = Path(path)
+    conditions = [gates.parse_fail_if(text) for text in fail_if]
+    recipes = load_recipes(recipe)
+    model = load_model(source)
+    plan = Plan(
+        source,
+        load_target(target),
+        lambda: passes_of(recipes, settings),
+        read_feeds(calibration, model),
+        Path(custom_ops) if custom_ops is not None else None,
+    )
+    reference = reference_of(plan)
+    runs = 0
+
+    def failure(attempt: Attempt) -> str | None:
+        nonlocal runs
+        runs += 1
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            with stage_model(attempt.model, Path(folder) / "candidate.onnx") as staged:
+                outcome = check_whole(plan, reference, staged.staged_path, bitwise=False, measure_only=bool(conditions))
+        held = next((c for c in conditions if c.holds(outcome.verification)), None)
+        if held is not None:
+            return f"{held.text} holds: {held.metric} is {held.value(outcome.verification):.6g}"
+        return outcome.reason
+
+    def run(limit: int | None) -> Attempt:
+        say(f"running {'all' if limit is None else limit} applications")
+        return run_attempt(plan, limit=limit, watch=False)
+
+    whole = run(None)
+    reason = failure(whole)
+    if reason is None:
+        return None
+    applications = list(whole.context.applications)
+    if (own := failure(run(0))) is not None:
+        raise GraphoptError(f"the unchanged model already fails: {own}", where=str(source))
+    low, high = 0, len(applications)
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = failure(run(middle))
+        if found is None:
+            low = middle
+        else:
+            high, reason = middle, found
+    tensor, gap = first_difference(plan, reference, run(high))
+    return Culprit(applications[high - 1], high, len(applications), reason, tensor, gap, runs)
+
+
+def reference_of(plan: Plan) -> Reference:
+    """The original's results on the plan's cases."""
+    original = load_model(plan.source)
+    infer_shapes(original)
+    preparation = runnable.prepare(original, has_custom_ops=plan.custom_ops is not None)
+    session = session_for(original, custom_ops=plan.custom_ops)
+    given = feed_source(plan)(original, lambda case: run_case(session, narrow_feeds([case], preparation)[0]))
+    feeds = narrow_feeds(given, preparation)
+    return make_reference(original, feeds, custom_ops=plan.custom_ops, session=session, preparation=preparation)
+
+
+def first_difference(plan: Plan, reference: Reference, attempt: Attempt) -> tuple[str | None, float]:
+    """The first value, in the original's order, that both models have and that differs, and by how much.
+
+    A value differs where it is further off than rounding explains: more than 1e-4 of its largest magnitude.
+    """
+    original = reference.model
+    candidate = attempt.model
+    infer_shapes(candidate)
+    runnable.prepare(candidate, has_custom_ops=plan.custom_ops is not None)
+    theirs = {v.name: v for node in candidate.graph for v in node.outputs if v.name}
+    shared = [
+        (value, theirs[value.name])
+        for node in original.graph
+        for value in node.outputs
+        if value.name in theirs and value.dtype is not None and theirs[value.name].dtype == value.dtype
+    ]
+    before = session_for(original, custom_ops=plan.custom_ops, outputs=[a for a, _ in shared])
+    after = session_for(candidate, custom_ops=plan.custom_ops, outputs=[b for _, b in shared])
+    for case in reference.feeds:
+        names = [value.name or "" for value, _ in shared]
+        a, b = run_case(before, case, names), run_case(after, case, names)
+        for name in names:
+            if not isinstance(a[name], np.ndarray) or not isinstance(b[name], np.ndarray):
+                continue
+            if a[name].shape != b[name].shape:
+                return name, float("inf")
+            gap = distance(b[name], a[name])
+            if gap.max_rel > 1e-4:
+                return name, gap.max_abs
+    return None, 0.0

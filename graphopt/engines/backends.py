@@ -1,0 +1,56 @@
+"""The libraries that build engines: what they are called, and how to get them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from dataclasses import dataclass
+
+from graphopt.errors import BadInput, MissingDependency
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A library with TensorRT's API.
+
+    Attributes:
+        name: What ``--backend`` takes.
+        title: What messages call it.
+        modules: Import names, first choice first (wheels hold the bindings under a second name).
+        extra: The extra of graphopt that installs it.
+        oldest: The oldest version that is supported.
+    """
+
+    name: str
+    title: str
+    modules: tuple[str, ...]
+    extra: str
+    oldest: tuple[int, int]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("tensorrt", "TensorRT", ("tensorrt", "tensorrt_bindings"), "tensorrt", (10, 9)),
+        Backend("tensorrt-rtx", "TensorRT-RTX", ("tensorrt_rtx", "tensorrt_rtx_bindings"), "rtx", (1, 0)),
+    )
+}
+
+
+def find_backend(name: str) -> Backend:
+    """The backend called ``name``; its library is not imported.
+
+    Raises:
+        BadInput: There is no such backend.
+        MissingDependency: Its library is not installed.
+    """
+    if name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, n=1)
+        raise BadInput(
+            f"no backend {name!r}",
+            hint=f"did you mean {near[0]!r}?" if near else f"there are {', '.join(BACKENDS)}",
+        )
+    backend = BACKENDS[name]
+    if not any(importlib.util.find_spec(module) for module in backend.modules):
+        raise MissingDependency(f"{backend.title} is not installed", hint=f"pip install 'graphopt[{backend.extra}]'")
+    return backend

@@ -1,0 +1,233 @@
+"""torch.export and torch's ONNX exporter, with their failures told in one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import BadInput, GraphoptError
+from graphopt.exporting.factory import Example, _relative
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DEFAULT_OPSET = 20
+OLDEST_OPSET = 18
+
+
+@dataclass
+class Captured:
+    """An exported model, as torch made it, with the sizes that its dynamic axes may have.
+
+    Attributes:
+        model: The ONNX model; inputs in the order of the example's, nothing folded.
+        outputs: The names of the module's outputs, in the order of the model's.
+        bounds: Symbol → smallest and largest size (None: no limit known).
+    """
+
+    model: ir.Model
+    outputs: list[str]
+    bounds: dict[str, tuple[int, int | None]]
+
+
+@contextmanager
+def quiet(enabled: bool) -> Iterator[None]:
+    """Keep torch's warnings and log lines to itself while ``enabled``."""
+    if not enabled:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def capture(example: Example, name: str, *, opset: int, verbose: bool) -> Captured:
+    """Export ``example.module`` with `torch.export` and torch's exporter, nothing optimized.
+
+    Raises:
+        BadInput: The opset is outside what the exporter writes, or an axis named dynamic is fixed by the module.
+        GraphoptError: torch could not export the module; the line says what stopped it and where.
+    """
+    import torch
+
+    if opset < OLDEST_OPSET:
+        raise BadInput(
+            f"opset {opset} is too old for torch's exporter", where="--opset", hint=f"{OLDEST_OPSET} or newer"
+        )
+    with quiet(not verbose), torch.no_grad():
+        program, shapes = _export_program(example, name, torch)
+        try:
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                optimize=False,  # it would fold products of weights, which are structure that passes look for
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+        except Exception as error:
+            raise _torch_error(error, name) from error
+    assert onnx_program is not None
+    return Captured(onnx_program.model, _output_names(program), _bounds(program, example))
+
+
+def _export_program(example: Example, name: str, torch: Any) -> tuple[Any, Any]:
+    symbols = sorted({symbol for axes in example.axes.values() for symbol in axes.values()})
+    dims = {symbol: torch.export.Dim(symbol) for symbol in symbols}
+    shapes: Any = {
+        key: {axis: dims[symbol] for axis, symbol in example.axes.get(key, {}).items()} or None
+        for key in example.inputs
+    }
+    # The module may bound an axis (positions: 512 at most); torch then says by what, once for each bound.
+    for _ in range(len(symbols) + 1):
+        try:
+            program = torch.export.export(
+                example.module, (), kwargs=example.inputs, dynamic_shapes=shapes, strict=False
+            )
+            return program, shapes
+        except torch._dynamo.exc.UserError as error:
+            refined = _refine(str(error), shapes, name)
+            if refined is None:
+                raise _torch_error(error, name) from error
+            shapes = refined
+        except Exception as error:
+            raise _torch_error(error, name) from error
+    raise GraphoptError("torch.export found no range that the dynamic axes may have", where=name)
+
+
+def _refine(text: str, shapes: Any, name: str) -> Any | None:
+    """The shapes that torch suggests, or None where it suggests none. Raises where it would fix an axis."""
+    from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+
+    if "Suggested fixes:" not in text:
+        return None
+    # What follows the fixes is advice for people; torch's own parser of its text trips over it.
+    head, fixes = text.split("Suggested fixes:", 1)
+    lines = [line.strip() for line in fixes.strip().splitlines()]
+    block = lines[: lines.index("")] if "" in lines else lines
+    for line in block:
+        symbol, _, value = line.partition(" = ")
+        if value.isdigit():
+            raise BadInput(
+                f"the module fixes the dynamic axis {symbol!r} at {value}",
+                where=name,
+                hint=f"take {symbol!r} out of dynamic_axes, or remove what depends on its size from forward",
+            )
+        if not value.startswith("Dim("):
+            raise BadInput(
+                f"the module ties the dynamic axis {symbol!r} to {value}",
+                where=name,
+                hint="give tied axes one symbol; other relations cannot be said in dynamic_axes",
+            )
+    try:
+        return refine_dynamic_shapes_from_suggested_fixes(f"{head}Suggested fixes:\n" + "\n".join(block), shapes)
+    except Exception:  # a text it cannot read: then the user gets torch's own first line
+        return None
+
+
+_UNSUPPORTED = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+_USER_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
+
+
+def _torch_error(error: BaseException, name: str) -> GraphoptError:
+    """One line out of torch's report: what stopped it, and the user's line that it names."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if found := _UNSUPPORTED.search(str(link)):
+            return GraphoptError(
+                f"torch's exporter has no ONNX form of {found[1]}{_place(chain)}",
+                where=name,
+                hint="write it with other operators in forward",
+            )
+    text = str(error)
+    if "data-dependent" in text:
+        return GraphoptError(
+            f"the module branches on a tensor's value, which torch.export cannot follow{_place(chain)}",
+            where=name,
+            hint="use torch.where or torch.cond; --verbose shows torch's report",
+        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = re.sub(r"\s*For more information.*$", "", lines[0]) if lines else type(error).__name__
+    if first.startswith("Constraints violated") and len(lines) > 1:
+        first = lines[1].removeprefix("- ")
+    if first.startswith("Failed to ") and chain[-1] is not error:
+        root = next((str(link) for link in reversed(chain) if str(link)), "")
+        first = root.splitlines()[0] if root else first
+    return GraphoptError(
+        f"torch could not export the module: {first[:300]}{_place(chain)}",
+        where=name,
+        hint="--verbose shows torch's report",
+    )
+
+
+def _place(chain: list[BaseException]) -> str:
+    """``, at file:line`` of the innermost line of the user's code that torch's report names."""
+    for error in chain:
+        frames = [f for f in _USER_FRAME.findall(str(error)) if "/torch/" not in f[0]]
+        if frames:
+            return f", at {_relative(frames[-1][0])}:{frames[-1][1]}"
+    for error in chain:
+        trace = error.__traceback__
+        place = None
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            if code.co_name == "forward" and "/torch/" not in code.co_filename:
+                place = f", at {_relative(code.co_filename)}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        if place is not None:
+            return place
+    return ""
+
+
+def _output_names(program: Any) -> list[str]:
+    """Names for what the module returns: a dict's keys, otherwise ``output`` or ``output_0``, ``output_1``…"""
+    from torch.utils import _pytree as pytree
+
+    spec = program.call_spec.out_spec
+    leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = pytree.tree_flatten_with_path(leaves)
+    names = ["_".join(_key(entry) for entry in path) for path, _ in paths]
+    if names == [""]:
+        return ["output"]
+    return [f"output_{name}" if name.replace("_", "").isdigit() else name for name in names]
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def _bounds(program: Any, example: Example) -> dict[str, tuple[int, int | None]]:
+    """Symbol → range, out of the exported program's constraints on the shapes of its inputs."""
+    ranges = {str(symbol): limits for symbol, limits in program.range_constraints.items()}
+    placeholders = {
+        node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and "val" in node.meta
+    }
+    bounds: dict[str, tuple[int, int | None]] = {}
+    for placeholder, key in zip(program.graph_signature.user_inputs, example.inputs, strict=True):
+        for axis, symbol in example.axes.get(key, {}).items():
+            limits = ranges.get(str(placeholders[placeholder].shape[axis]))
+            if limits is None:
+                bounds.setdefault(symbol, (1, None))
+                continue
+            # torch traces sizes from 2 up, and says that 0 and 1 are not excluded by "2 or more".
+            low = 1 if int(limits.lower) <= 2 else int(limits.lower)
+            unlimited = "oo" in str(limits.upper) or int(limits.upper) >= 2**31
+            bounds[symbol] = (low, None if unlimited else int(limits.upper))
+    return bounds

@@ -1,0 +1,292 @@
+"""The exported ONNX against the eager module: three inputs of different values and sizes.
+
+The first is the example itself; the others are drawn like it, with the dynamic axes at other sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphopt.errors import BadInput, GateFailed, GraphoptError
+from graphopt.exporting.factory import Example, describe
+
+if TYPE_CHECKING:
+    import torch
+
+# Of the output's largest magnitude. A correct float32 export measures 1e-7 to 1e-5 here; the smallest real
+# fault (a wrong epsilon, tanh for erf in Gelu) 1e-4 and more. The narrow types: some tens of their epsilon.
+TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """How far one output of one case is from the eager module's.
+
+    Attributes:
+        name: The output.
+        dtype: numpy's name of its type.
+        max_abs: Largest absolute difference of finite elements.
+        max_rel: ``max_abs`` over the largest magnitude that the eager module's output has.
+        tolerance: What ``max_rel`` may be; 0 for integers and booleans.
+        passed: Within the tolerance, and NaN and infinities in the same places.
+        reason: Why it did not pass.
+    """
+
+    name: str
+    dtype: str
+    max_abs: float
+    max_rel: float
+    tolerance: float
+    passed: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class CaseComparison:
+    """One case: the sizes of the dynamic axes, and every output's difference."""
+
+    sizes: dict[str, int]
+    outputs: list[OutputComparison]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Case:
+    """Inputs of one comparison, and what the eager module makes of them."""
+
+    sizes: dict[str, int]
+    inputs: dict[str, torch.Tensor]
+    expected: list[torch.Tensor]
+
+
+def make_cases(
+    example: Example, bounds: Mapping[str, tuple[int, int | None]], name: str, *, seed: int = 0
+) -> tuple[list[Case], list[str]]:
+    """Three cases the eager module accepts, with what it returns for each, and notes.
+
+    Where the module refuses the sizes first chosen (a limit that its code does not show), others are tried, the
+    example's own last.
+
+    Raises:
+        BadInput: The module fails on the example inputs.
+        GateFailed: The module does not compute the same twice from the same inputs.
+    """
+    import torch
+
+    own = {
+        symbol: int(example.inputs[key].shape[axis])
+        for key, axes in example.axes.items()
+        for axis, symbol in axes.items()
+    }
+    try:
+        expected = run_eager(example, example.inputs)
+    except Exception as error:
+        raise BadInput(f"forward fails on the example inputs: {describe(error)}", where=name) from error
+    again = run_eager(example, example.inputs)
+    if any(compare_output("", one, two.numpy(force=True)).passed is False for one, two in _pairs(expected, again)):
+        raise GateFailed(
+            "the module gives different outputs for the same inputs, so nothing can be compared with it",
+            where=name,
+            hint="it uses random numbers or keeps state between calls",
+        )
+    cases = [Case(own, example.inputs, expected)]
+    notes: list[str] = []
+    generator = torch.Generator().manual_seed(seed)
+    for candidates in _sizes_to_try(own, bounds):
+        refusal = ""
+        for sizes in candidates:
+            inputs = {
+                key: draw_like(value, key, _shape(value, example.axes.get(key, {}), sizes), generator)
+                for key, value in example.inputs.items()
+            }
+            try:
+                cases.append(Case(sizes, inputs, run_eager(example, inputs)))
+                break
+            except Exception as error:
+                refusal = refusal or f"the module does not run at {_sized(sizes)}: {describe(error, here=False)}"
+        else:
+            raise GateFailed(refusal or "the module does not run on inputs drawn like the example", where=name)
+        if refusal:
+            notes.append(f"{refusal}; compared at {_sized(cases[-1].sizes)} instead")
+    return cases, notes
+
+
+def _pairs(one: list[torch.Tensor], two: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(one, two, strict=True)
+
+
+def _sized(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{symbol}={size}" for symbol, size in sizes.items()) or "other values"
+
+
+def _sizes_to_try(own: Mapping[str, int], bounds: Mapping[str, tuple[int, int | None]]) -> list[list[dict[str, int]]]:
+    """For the second and the third case: sizes to try, best first. All symbols differ from the example's."""
+
+    def clip(symbol: str, size: int) -> int:
+        low, high = bounds.get(symbol, (1, None))
+        return max(low, size if high is None else min(size, high))
+
+    order = {symbol: index for index, symbol in enumerate(own)}
+    # The first axis (the batch, mostly) goes to 1, where broadcasting hides mistakes; the others shrink a little.
+    small = {s: clip(s, 1 if order[s] == 0 else max(2, n - 1 - order[s])) for s, n in own.items()}
+    less = {s: clip(s, n - 1) for s, n in own.items()}
+    large = {s: clip(s, n + 1 + 2 * order[s]) for s, n in own.items()}
+    half = {s: clip(s, max(2, n // 2)) for s, n in own.items()}
+    twice = {s: clip(s, 2 * n) for s, n in own.items()}
+    if not own:
+        return [[{}], [{}]]
+    return [[small, less, dict(own)], [large, twice, half, dict(own)]]
+
+
+def _shape(value: torch.Tensor, axes: Mapping[int, str], sizes: Mapping[str, int]) -> list[int]:
+    return [sizes[axes[axis]] if axis in axes else int(size) for axis, size in enumerate(value.shape)]
+
+
+def draw_like(value: torch.Tensor, name: str, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    """A fresh tensor of ``shape`` drawn like ``value``: its dtype, its range, a mask where it is a mask.
+
+    Floats are normal with the example's mean and deviation, inside its range (an example of one value says
+    nothing: standard normal). Integers are uniform over the example's range. A mask (bool, or 0 and 1 with two
+    axes or more) keeps the example's side of padding and has at least one 1 in every row.
+    """
+    import torch
+
+    if value.numel() == 0:
+        return torch.zeros(shape, dtype=value.dtype)
+    if _is_mask(value, name):
+        return _draw_mask(value, shape, generator).to(value.dtype)
+    if not value.dtype.is_floating_point:
+        low, high = int(value.min()), int(value.max())
+        return torch.randint(low, high + 1, shape, generator=generator).to(value.dtype)
+    known = value.double()
+    known = known[known.isfinite()]
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if known.numel() > 1 and known.min() < known.max():
+        drawn = (drawn * known.std() + known.mean()).clamp(float(known.min()), float(known.max()))
+    return drawn.to(value.dtype)
+
+
+def _is_mask(value: torch.Tensor, name: str) -> bool:
+    if not bool(((value == 0) | (value == 1)).all()) or not bool((value == 1).any()):
+        return False
+    return str(value.dtype) == "torch.bool" or "mask" in name or (value.dim() >= 2 and bool((value == 0).any()))
+
+
+def _draw_mask(value: torch.Tensor, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    import torch
+
+    if not shape:
+        return torch.ones(shape)
+    size = shape[-1]
+    ones = value.to(torch.int64)
+    steps = ones.diff(dim=-1) if value.dim() else ones
+    rows = [*shape[:-1], 1]
+    position = torch.arange(size)
+    if bool((steps <= 0).all()):  # padding on the right
+        return position < torch.randint(1, size + 1, rows, generator=generator)
+    if bool((steps >= 0).all()):  # padding on the left
+        return position >= torch.randint(0, size, rows, generator=generator)
+    drawn = torch.rand(shape, generator=generator) < float(ones.double().mean())
+    return drawn | (position == torch.randint(0, size, rows, generator=generator))
+
+
+def run_eager(example: Example, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The module's outputs as a flat list of tensors; what is no tensor is left out. Inputs are not changed."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    with torch.no_grad():
+        returned = example.module(**{key: value.clone() for key, value in inputs.items()})
+    leaves = pytree.tree_leaves(returned)
+    return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def compare(model: Path, names: list[str], cases: list[Case]) -> tuple[list[CaseComparison], list[str]]:
+    """Run ``model`` on ONNX Runtime, its optimizations off, and compare. Returns notes too.
+
+    Raises:
+        GateFailed: ONNX Runtime does not run the model, or every output is vacuous (NaN, or one value in all cases).
+    """
+    from graphopt.runtime.session import create_session, run
+
+    compared = []
+    try:
+        session = create_session(model, optimized=False)
+    except BadInput as error:
+        raise GateFailed(f"the export cannot be compared: {error.what}") from error
+    for case in cases:
+        feeds = {key: to_numpy(value) for key, value in case.inputs.items()}
+        try:
+            found = list(run(session, feeds, names).values())
+        except GraphoptError as error:
+            raise GateFailed(f"the export does not run at {_sized(case.sizes)}: {error.what}") from error
+        if len(found) != len(case.expected):
+            raise GateFailed(f"the ONNX has {len(found)} outputs and the module {len(case.expected)}")
+        outputs = [
+            compare_output(name, expected, array)
+            for name, expected, array in zip(names, case.expected, found, strict=True)
+        ]
+        compared.append(CaseComparison(case.sizes, outputs))
+    vacuous = [name for index, name in enumerate(names) if _is_vacuous([case.expected[index] for case in cases])]
+    if len(vacuous) == len(names):
+        raise GateFailed(
+            "the comparison would prove nothing: the module's outputs are NaN or one value throughout",
+            hint="give example inputs that it answers differently",
+        )
+    return compared, [
+        f"the output {name!r} is NaN or one value throughout: its comparison proves nothing" for name in vacuous
+    ]
+
+
+def to_numpy(value: torch.Tensor) -> np.ndarray[Any, Any]:
+    """``value`` as numpy; bfloat16 through its bits, which numpy alone cannot hold."""
+    import torch
+
+    if value.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return np.asarray(value.contiguous().view(torch.int16).numpy(force=True)).view(ml_dtypes.bfloat16)
+    return np.ascontiguousarray(value.numpy(force=True))
+
+
+def _is_vacuous(values: list[torch.Tensor]) -> bool:
+    import torch
+
+    flat = torch.cat([value.reshape(-1).double() for value in values])
+    finite = flat[flat.isfinite()]
+    return finite.numel() == 0 or bool((finite == finite[0]).all())
+
+
+def compare_output(name: str, expected: torch.Tensor, found: np.ndarray[Any, Any]) -> OutputComparison:
+    """Compare one output. Shape and dtype must agree; floats to a tolerance, the rest exactly."""
+    dtype = str(expected.dtype).removeprefix("torch.")
+    tolerance = TOLERANCES.get(dtype, 0.0)
+
+    def failed(reason: str) -> OutputComparison:
+        return OutputComparison(name, dtype, float("inf"), float("inf"), tolerance, False, reason)
+
+    if tuple(found.shape) != tuple(expected.shape):
+        return failed(f"shape {list(found.shape)}, eager {list(expected.shape)}")
+    if str(found.dtype) != dtype:
+        return failed(f"type {found.dtype}, eager {dtype}")
+    reference = to_numpy(expected).astype(np.float64)
+    actual = found.astype(np.float64)
+    if reference.size == 0:
+        return OutputComparison(name, dtype, 0.0, 0.0, tolerance, True)
+    finite = np.isfinite(reference)
+    if not np.array_equal(reference[~finite], actual[~finite], equal_nan=True) or not np.isfinite(actual[finite]).all():
+        return failed("NaN or infinity in other places")
+    difference = float(np.abs(actual[finite] - reference[finite]).max(initial=0.0))
+    scale = float(np.abs(reference[finite]).max(initial=0.0))
+    relative = difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+    passed = relative <= tolerance
+    return OutputComparison(
+        name, dtype, difference, relative, tolerance, passed, None if passed else f"differs by {relative:.1e}"
+    )

@@ -1,0 +1,140 @@
+"""Reads recipes and turns them into passes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from graphopt.errors import BadInput
+from graphopt.rewrite.contract import Pass
+from graphopt.rewrite.discovery import get_pass
+
+BUILT_IN = Path(__file__).parent
+
+
+class Step(BaseModel):
+    """One pass of a recipe: its name alone, or a mapping of ``pass`` and parameters."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    name: str = Field(alias="pass")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"pass": value} if isinstance(value, str) else value
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters given in the recipe."""
+        return dict(self.model_extra or {})
+
+
+class Recipe(BaseModel):
+    """A named list of passes.
+
+    Attributes:
+        name: As given to ``--recipe``.
+        description: One sentence.
+        passes: The steps; each pass decides by its stage when it runs.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    description: str = ""
+    passes: list[Step]
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with graphopt."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by its name, or from a YAML file.
+
+    Raises:
+        BadInput: No such recipe or file, or it is not a recipe.
+    """
+    path = BUILT_IN / f"{name}.yaml"
+    if not path.exists():
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml"):
+            near = difflib.get_close_matches(name, recipe_names(), 1)
+            hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(recipe_names())}, or a .yaml file"
+            raise BadInput(f"no recipe '{name}'", hint=hint)
+        if not path.is_file():
+            raise BadInput("no such file", where=str(path), hint="--recipe takes a name or a .yaml file")
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise BadInput(f"{place}: {problem['msg']}", where=str(path), hint="see docs/recipes.md") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"not YAML: {str(error).splitlines()[0]}", where=str(path)) from error
+
+
+def load_recipes(names: Sequence[str]) -> list[Recipe]:
+    """Several recipes, in order."""
+    return [load_recipe(name) for name in names]
+
+
+def passes_of(recipes: Sequence[Recipe], settings: Sequence[str] = ()) -> list[Pass]:
+    """The passes of composed recipes, each once; parameters of a later recipe win, those of ``settings`` over all.
+
+    Args:
+        recipes: In the order given by the user.
+        settings: ``PASS.KEY=VALUE``; the value is read as YAML. ``PASS.enabled=false`` leaves a pass out, and a pass
+            that no recipe names is added.
+
+    Raises:
+        BadInput: An unknown pass or parameter, or a value of the wrong type.
+    """
+    steps: dict[str, dict[str, Any]] = {}
+    origin: dict[str, str] = {}
+    for recipe in recipes:
+        for step in recipe.passes:
+            steps.setdefault(step.name, {}).update(step.parameters)
+            origin[step.name] = f"recipe {recipe.name}"
+    for setting in settings:
+        name, key, value = _parse(setting)
+        get_pass(name)
+        steps.setdefault(name, {})[key] = value
+        origin[name] = f"--set {setting}"
+    return [_make(name, values, origin[name]) for name, values in steps.items() if values.pop("enabled", True)]
+
+
+def _parse(setting: str) -> tuple[str, str, Any]:
+    path, equals, text = setting.partition("=")
+    name, dot, key = path.partition(".")
+    if not equals or not dot or not key:
+        raise BadInput(f"cannot read --set {setting}", hint="write --set PASS.KEY=VALUE")
+    try:
+        return name.strip(), key.strip(), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"cannot read the value of --set {setting}") from error
+
+
+def _make(name: str, values: Mapping[str, Any], origin: str) -> Pass:
+    cls = get_pass(name)
+    if cls.Parameters is None:
+        if values:
+            raise BadInput(f"pass {name} takes no parameter '{next(iter(values))}'", where=origin)
+        return cls()
+    unknown = [key for key in values if key not in cls.Parameters.model_fields]
+    if unknown:
+        known = ", ".join(cls.Parameters.model_fields)
+        raise BadInput(f"pass {name} takes no parameter '{unknown[0]}'", where=origin, hint=f"it takes: {known}")
+    try:
+        return cls(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise BadInput(f"{name}.{key}: {problem['msg']}", where=origin) from error

@@ -1,0 +1,200 @@
+"""T1: the original and every replacement side by side in one model.
+
+While passes rewrite a model, the shadow keeps a copy of the original and adds to it the new nodes of each replacement,
+fed with the *original's* values. One run then gives, for every replacement, the value that was replaced and the value
+that took its place, from the same inputs: each replacement is judged alone, however many others it builds on, and all
+of them cost one session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import graphs
+from graphopt.rewrite.context import Application
+
+
+@dataclass
+class Pair:
+    """A value of the original and what a replacement computes in its stead, both in the shadow."""
+
+    application: Application
+    original: ir.Value
+    replacement: ir.Value
+    boundary: tuple[ir.Value, ...]
+    """What the replacement reads, as values of the shadow: the inputs of the replaced region."""
+
+
+class Shadow:
+    """Watches replacements in a model and mirrors them beside a copy of the original.
+
+    Args:
+        model: The model before any replacement. It is cloned; tensors are shared.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model.clone()
+        self.pairs: list[Pair] = []
+        self._values: dict[ir.Value, ir.Value] = {}
+        self._graphs: dict[ir.Graph, ir.Graph] = {}
+        self._count = 0
+        self._map_graph(model.graph, self.model.graph)
+        for ours, theirs in zip(model.functions.values(), self.model.functions.values(), strict=True):
+            self._map_graph(ours.graph, theirs.graph)
+
+    def replacing(
+        self, application: Application, outputs: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]
+    ) -> None:
+        """Mirror a replacement (see ``graphopt.rewrite.context.Observer``)."""
+        if not outputs:
+            return
+        first = next(iter(outputs))
+        producer = first.producer()
+        owner = producer.graph if producer is not None else first.graph
+        graph = self._graphs.get(owner) if owner is not None else None  # type: ignore[arg-type]
+        if graph is None:
+            return
+        made: set[ir.Value] = set()
+        boundary: dict[ir.Value, None] = {}
+        for node in nodes:
+            for value in node.inputs:
+                if value is not None and value not in made and value.const_value is None:
+                    boundary[self._mirror(value, graph)] = None
+            for body in graphs.subgraphs(node):
+                for value in graphs.captured_values(body):
+                    if value not in made and value.const_value is None:
+                        boundary[self._mirror(value, graph)] = None
+            graph.append(self._copy(node, graph))
+            made.update(node.outputs)
+        for old, new in outputs.items():
+            original = self._mirror(old, graph)
+            replacement = self._mirror(new, graph)
+            if original is not replacement:
+                self.pairs.append(Pair(application, original, replacement, tuple(boundary)))
+            # Whoever reads the replacement from here on is fed with the original's value.
+            self._values[new] = original
+
+    def finish(self) -> None:
+        """Put the shadow's nodes in order. Call once, after the last replacement."""
+        self.model.graph.sort()
+        for function in self.model.functions.values():
+            function.graph.sort()
+
+    def _mirror(self, value: ir.Value, graph: ir.Graph) -> ir.Value:
+        found = self._values.get(value)
+        if found is None:
+            # A constant that came with the replacement.
+            assert value.const_value is not None, f"{value.name} is not known to the shadow"
+            found = ir.Value(name=self._name(), type=value.type, shape=value.shape, const_value=value.const_value)
+            graph.register_initializer(found)
+            self._values[value] = found
+        return found
+
+    def _copy(self, node: ir.Node, graph: ir.Graph) -> ir.Node:
+        inputs = [None if value is None else self._mirror(value, graph) for value in node.inputs]
+        attributes = []
+        for name, attribute in node.attributes.items():
+            if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
+                attributes.append(ir.AttrGraph(name, self._copy_body(attribute.as_graph(), graph)))
+            else:
+                attributes.append(attribute)
+        outputs = [ir.Value(name=self._name(), type=v.type, shape=v.shape) for v in node.outputs]
+        self._values.update(zip(node.outputs, outputs, strict=True))
+        return ir.Node(
+            node.domain, node.op_type, inputs, attributes, overload=node.overload, outputs=outputs,
+            name=f"shadow/{self._count}",
+        )  # fmt: skip
+
+    def _copy_body(self, body: ir.Graph, graph: ir.Graph) -> ir.Graph:
+        copy = body.clone(allow_outer_scope_values=True)
+        captured = graphs.captured_values(copy)
+        self._map_graph(body, copy)
+        mirrored = {value: self._mirror(value, graph) for value in captured}
+        for inner in graphs.nested_graphs(copy):
+            for node in inner:
+                for index, value in enumerate(node.inputs):
+                    if value in mirrored:
+                        node.replace_input_with(index, mirrored[value])
+            for index, value in enumerate(inner.outputs):
+                if value in mirrored:
+                    inner.outputs[index] = mirrored[value]
+        return copy
+
+    def _name(self) -> str:
+        self._count += 1
+        return f"shadow:{self._count}"
+
+    def _map_graph(self, ours: ir.Graph, theirs: ir.Graph) -> None:
+        self._graphs[ours] = theirs
+        values = self._values
+        values.update(zip(ours.inputs, theirs.inputs, strict=True))
+        values.update((value, theirs.initializers[name]) for name, value in ours.initializers.items())
+        for node, copy in zip(ours, theirs, strict=True):
+            values.update(zip(node.outputs, copy.outputs, strict=True))
+            if graphs.has_subgraphs(node):
+                for body, mirrored in zip(graphs.subgraphs(node), graphs.subgraphs(copy), strict=True):
+                    self._map_graph(body, mirrored)
+
+
+class Surface:
+    """Brings values out of If branches so that a session can return them.
+
+    A branch that is not taken returns an empty tensor in their place. Values in bodies of Loop and Scan, and in
+    functions, cannot be brought out this way; they are judged with the whole model.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self._main = model.graph
+        self._owners: dict[ir.Graph, ir.Node] = {
+            body: node for node in graphs.all_nodes(model) for body in graphs.subgraphs(node)
+        }
+        self._found: dict[ir.Value, ir.Value | None] = {}
+        self._count = 0
+        self.added: set[ir.Value] = set()
+
+    def bring_out(self, value: ir.Value) -> ir.Value | None:
+        """The value of the main graph that shows ``value``, or None where there is no way."""
+        if value not in self._found:
+            self._found[value] = self._bring_out(value)
+        return self._found[value]
+
+    def _bring_out(self, value: ir.Value) -> ir.Value | None:
+        producer = value.producer()
+        graph = producer.graph if producer is not None else value.graph
+        if graph is self._main:
+            return value
+        owner = self._owners.get(graph) if isinstance(graph, ir.Graph) else None
+        if owner is None or owner.op_type != "If" or producer is None or value.dtype is None:
+            return None
+        if not isinstance(value.type, ir.TensorType):
+            return None
+        if value.is_graph_output():
+            # The branch's own output also shows the other branch's value; this one must show nothing when not taken.
+            self._count += 1
+            copy = ir.Node("", "Identity", [value], name=f"copy/{self._count}")
+            copy.outputs[0].name = f"copy:{self._count}"
+            copy.outputs[0].type = value.type
+            graph.append(copy)
+            value = copy.outputs[0]
+        for body in graphs.subgraphs(owner):
+            body.outputs.append(value if body is graph else self._nothing(body, value.dtype))
+        self._count += 1
+        owner.resize_outputs(len(owner.outputs) + 1)
+        shown = owner.outputs[-1]
+        shown.name = f"surface:{self._count}"
+        shown.type = value.type
+        self.added.add(shown)
+        return self.bring_out(shown)
+
+    def _nothing(self, body: ir.Graph, dtype: ir.DataType) -> ir.Value:
+        self._count += 1
+        empty = ir.tensor(np.zeros((0,), dtype.numpy()), dtype=dtype)
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", empty)], name=f"nothing/{self._count}")
+        node.outputs[0].name = f"nothing:{self._count}"
+        node.outputs[0].type = ir.TensorType(dtype)
+        body.append(node)
+        return node.outputs[0]
