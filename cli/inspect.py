@@ -67,10 +67,14 @@ def _show(found: Inspection, top: int | None) -> None:
     out.print(
         table(
             ("", "name", "type", "axes"),
-            [
-                (side, value.name, value.type, _axes(value) + (" (has a default)" if value.has_default else ""))
-                for side, value in ports
-            ],
+            _cut(
+                [
+                    (side, value.name, value.type, _axes(value) + (" (has a default)" if value.has_default else ""))
+                    for side, value in ports
+                ],
+                None if top is None else 3 * top,
+                "ports",
+            ),
         )
     )
     out.print()
@@ -131,7 +135,7 @@ def _show_values(values: Sequence[WeightValues], top: int | None) -> None:
 
     rows = [
         (
-            _elide(value.name, 36),
+            _elide(value.name, 28),
             value.dtype,
             _shape(value.shape),
             "" if value.min is None else f"{value.min:.3g}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,7 @@ def tokenizer() -> Tokenizer:
 
 
 def texts(n: int, *, skip: int = 0) -> list[str]:
-    """``n`` passages of real English, 4 to 60 words each, out of Python's own documentation."""
+    """``n`` passages of real English after the first ``skip``, 4 to 60 words each, out of Python's documentation."""
     from pydoc_data.topics import topics
 
     sentences = []
@@ -96,9 +97,8 @@ def texts(n: int, *, skip: int = 0) -> list[str]:
             words = re.findall(r"[A-Za-z]+[,.?!]?", sentence)
             if 4 <= len(words) <= 60:
                 sentences.append(" ".join(words))
-    # Strides through all topics: neighbours in the list are about different things and differ in length.
-    step = len(sentences) // (n + skip) or 1
-    chosen = sentences[::step][skip : skip + n]
+    # By checksum: neighbours are then about different things and of different lengths, the same on every machine.
+    chosen = sorted(set(sentences), key=lambda text: zlib.crc32(text.encode()))[skip : skip + n]
     if len(chosen) < n:
         raise ValueError(f"only {len(chosen)} passages are there, not {n}")
     return chosen

@@ -94,9 +94,11 @@ def bisect(
     def failure(attempt: Attempt) -> str | None:
         nonlocal runs
         runs += 1
-        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-            with stage_model(attempt.model, Path(folder) / "candidate.onnx") as staged:
-                outcome = check_whole(plan, reference, staged.staged_path, bitwise=False, measure_only=bool(conditions))
+        with (
+            tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
+            stage_model(attempt.model, Path(folder) / "candidate.onnx") as staged,
+        ):
+            outcome = check_whole(plan, reference, staged.staged_path, bitwise=False, measure_only=bool(conditions))
         held = next((c for c in conditions if c.holds(outcome.verification)), None)
         if held is not None:
             return f"{held.text} holds: {held.metric} is {held.value(outcome.verification):.6g}"

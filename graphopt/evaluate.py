@@ -372,7 +372,7 @@ def _scatter_elements(op: Operation, xs: Inputs) -> list[Array]:
     indices = _indices(_first(xs, 1), x.shape[axis])
     if indices.shape != updates.shape:
         raise Inexact
-    places = list(np.indices(indices.shape))
+    places: list[Array] = list(np.indices(indices.shape))
     places[axis] = indices
     flat = np.ravel_multi_index(tuple(p.reshape(-1) for p in places), x.shape) if indices.size else indices
     if np.unique(flat).size != indices.size:

@@ -35,7 +35,7 @@ _WIDE_1D = 8  # a window at least this wide is a signal frame, not a filter
 
 # Inputs with these meanings are sizes and parameters, not data.
 _PARAMETERS = frozenset(
-    ("reshape", "ones", "repeats", "zero", "large", "axes", "pads", "count", "size", "depth", "scales", "trip_count")
+    "reshape ones repeats zero large axes pads count size depth scales split trip_count".split()  # noqa: SIM905
 )
 _BATCH_NAME = re.compile(r"batch|^(n|b|bs)$", re.IGNORECASE)
 _MASK_NAME = re.compile(r"mask", re.IGNORECASE)
@@ -77,7 +77,8 @@ def feeds_that_run(
 ) -> list[Feeds]:
     """Make inputs that a model runs on: like `synthesise_feeds`, and where a case fails, other sizes are tried.
 
-    Tried in turn for each case: unnamed sizes not shared between inputs; all free sizes equal, growing from 4 to
+    Tried in turn for each case: unnamed sizes not shared between inputs; integers of unknown use 0 and 1, as if
+    they were indices; all free sizes equal, growing from 4 to
     640; the same with a batch of 1; every size equal. A case for which nothing runs is left out.
 
     Args:
@@ -98,7 +99,7 @@ def feeds_that_run(
         tried: set[tuple[object, ...]] = set()
         for attempt in attempts:
             feeds = synthesis.feeds(case, attempt)
-            shape_key = (*map(_shapes_of, feeds.values()), attempt.unknown_limit)
+            shape_key = (*map(_shapes_of, feeds.values()), attempt.unknown_limit, attempt.integers)
             if shape_key in tried:
                 continue
             tried.add(shape_key)
@@ -129,6 +130,7 @@ class _Attempt:
     batch: int | None = None  # None: 2, 1, 3, ...
     unknown_rank: int | None = None
     unknown_limit: int = 2  # indices into nobody knows what
+    integers: tuple[int, int] | None = None  # of unknown use: from, below
 
 
 def sizes_to_try() -> Iterator[_Attempt]:
@@ -136,6 +138,7 @@ def sizes_to_try() -> Iterator[_Attempt]:
     yield _Attempt()
     yield _Attempt(ties="separate")
     yield _Attempt(unknown_limit=1)
+    yield from (_Attempt(integers=span) for span in ((0, 2), (1, 2), (0, 1)))
     for batch in (None, 1):
         yield from (_Attempt(size=size, batch=batch) for size in _LADDER)
     yield from (_Attempt(size=size, ties="equal") for size in (2, 1, *_LADDER))
@@ -282,6 +285,9 @@ class _Maker:
 
     def array(self) -> Array:
         """The array: shape ``self.shape``, dtype ``self.dtype``."""
+        return np.asarray(self._drawn())  # numpy makes scalars of what has no axes
+
+    def _drawn(self) -> Array:
         if self.kind == ir.DataType.STRING:
             words = np.array(_WORDS, dtype=object)
             return np.asarray(words[self.rng.integers(len(words), size=self.shape)], dtype=object)
@@ -381,10 +387,10 @@ class _Maker:
         turns = np.arange(count).reshape(self.shape) + self.case
         if "trip_count" in meanings:
             return full * _TRIPS[self.case % len(_TRIPS)]
+        fits = [shape for shape in self.roles.suggested if shape and len(shape) == count]
+        if fits and meanings & {"reshape", "ones", "size", "split"}:
+            return np.array(fits[0]).reshape(self.shape)
         if "reshape" in meanings:
-            wanted = next((shape for shape in self.roles.reshaped_to if shape and len(shape) == count), None)
-            if wanted is not None:
-                return np.array(wanted).reshape(self.shape)
             full.reshape(-1)[:1] = -1
             return full
         if "scales" in meanings:
@@ -394,6 +400,7 @@ class _Maker:
         table: list[tuple[str, Callable[[], Array]]] = [
             ("axes", lambda: np.arange(count).reshape(self.shape)),
             ("ones", lambda: full),
+            ("split", lambda: full),
             ("count", lambda: full),
             ("zero", lambda: full * 0),
             ("large", lambda: full * np.iinfo(np.int32).max),
@@ -429,6 +436,8 @@ class _Maker:
 
     def integers(self) -> Array:
         meanings = self.roles.meanings
+        if self.attempt.integers is not None:
+            return self.rng.integers(*self.attempt.integers, size=self.shape)
         if self.kind.bitwidth <= 8:
             low, high = int(self.kind.min), int(self.kind.max) + 1
             return self.rng.integers(1 if "nonzero" in meanings else low, high, size=self.shape)

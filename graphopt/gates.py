@@ -37,10 +37,19 @@ class FailIf:
     comparison: str
     limit: float
 
+    def value(self, verification: Verification) -> float:
+        """The metric."""
+        return float(getattr(verification, METRICS[self.metric]))
+
+    def holds(self, verification: Verification) -> bool:
+        """Whether the condition under which nothing may be written holds. A NaN counts as failing."""
+        value = self.value(verification)
+        return math.isnan(value) or _COMPARISONS[self.comparison](value, self.limit)
+
     def check(self, verification: Verification) -> None:
         """Raise GateFailed where the condition holds."""
-        value = float(getattr(verification, METRICS[self.metric]))
-        if _COMPARISONS[self.comparison](value, self.limit):
+        if self.holds(verification):
+            value = self.value(verification)
             raise GateFailed(
                 f"{self.metric} is {value:.6g}", where=f"--fail-if {self.text}", hint="nothing was written"
             )

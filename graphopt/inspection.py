@@ -245,7 +245,8 @@ def scan_values(name: str, tensor: ir.TensorProtocol) -> WeightValues:
     step = max(1, _SCAN_BLOCK // max(1, columns))
     for start in range(0, len(table), step):
         # float64 holds every value of the other types but large int64, of which it keeps the size.
-        block = table[start : start + step].astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN
+            block = table[start : start + step].astype(np.float64)
         finite = np.isfinite(block)
         if not finite.all():
             nan_here = int(np.isnan(block).sum())

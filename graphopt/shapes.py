@@ -54,6 +54,14 @@ def trusted_shape(value: ir.Value) -> ir.Shape | None:
     return None if value.is_graph_output() and not value.is_graph_input() else value.shape
 
 
+def inherit_trust(value: ir.Value, source: ir.Value) -> None:
+    """What is known of the shape of ``source`` holds for ``value``, whatever ``value.shape`` will say."""
+    if _TRUSTED in source.meta:
+        value.meta[_TRUSTED] = source.meta[_TRUSTED]
+    elif value is source or value.is_graph_output() or source.is_graph_output():
+        value.meta[_TRUSTED] = trusted_shape(source)
+
+
 # -- the model without its weights -------------------------------------------------------------------------------------
 
 

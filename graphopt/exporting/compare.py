@@ -5,7 +5,7 @@ The first is the example itself; the others are drawn like it, with the dynamic 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,17 +66,44 @@ class Case:
     expected: list[torch.Tensor]
 
 
+def run_example(example: Example, name: str) -> list[torch.Tensor]:
+    """What the module makes of its own example inputs, run twice.
+
+    Raises:
+        BadInput: The module fails on them.
+        GateFailed: The module does not compute the same twice from the same inputs.
+    """
+    try:
+        expected = run_eager(example, example.inputs)
+    except Exception as error:
+        raise BadInput(f"forward fails on the example inputs: {describe(error)}", where=name) from error
+    if not expected:
+        raise BadInput("forward returns no tensor", where=name)
+    again = run_eager(example, example.inputs)
+    if not all(compare_output("", one, to_numpy(two)).passed for one, two in zip(expected, again, strict=True)):
+        raise GateFailed(
+            "the module gives different outputs for the same inputs, so nothing can be compared with it",
+            where=name,
+            hint="it uses random numbers or keeps state between calls",
+        )
+    return expected
+
+
 def make_cases(
-    example: Example, bounds: Mapping[str, tuple[int, int | None]], name: str, *, seed: int = 0
+    example: Example,
+    expected: list[torch.Tensor],
+    bounds: Mapping[str, tuple[int, int | None]],
+    name: str,
+    *,
+    seed: int = 0,
 ) -> tuple[list[Case], list[str]]:
     """Three cases the eager module accepts, with what it returns for each, and notes.
 
-    Where the module refuses the sizes first chosen (a limit that its code does not show), others are tried, the
-    example's own last.
+    The first is the example itself, whose outputs are ``expected``. Where the module refuses the sizes first
+    chosen (a limit that its code does not show), others are tried, the example's own last.
 
     Raises:
-        BadInput: The module fails on the example inputs.
-        GateFailed: The module does not compute the same twice from the same inputs.
+        GateFailed: The module does not run on any inputs drawn like the example.
     """
     import torch
 
@@ -85,17 +112,6 @@ def make_cases(
         for key, axes in example.axes.items()
         for axis, symbol in axes.items()
     }
-    try:
-        expected = run_eager(example, example.inputs)
-    except Exception as error:
-        raise BadInput(f"forward fails on the example inputs: {describe(error)}", where=name) from error
-    again = run_eager(example, example.inputs)
-    if any(compare_output("", one, two.numpy(force=True)).passed is False for one, two in _pairs(expected, again)):
-        raise GateFailed(
-            "the module gives different outputs for the same inputs, so nothing can be compared with it",
-            where=name,
-            hint="it uses random numbers or keeps state between calls",
-        )
     cases = [Case(own, example.inputs, expected)]
     notes: list[str] = []
     generator = torch.Generator().manual_seed(seed)
@@ -116,10 +132,6 @@ def make_cases(
         if refusal:
             notes.append(f"{refusal}; compared at {_sized(cases[-1].sizes)} instead")
     return cases, notes
-
-
-def _pairs(one: list[torch.Tensor], two: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    return zip(one, two, strict=True)
 
 
 def _sized(sizes: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import BadInput, GateFailed
 from graphopt.exporting.capture import DEFAULT_OPSET, capture, quiet
-from graphopt.exporting.compare import CaseComparison, compare, make_cases
+from graphopt.exporting.compare import CaseComparison, compare, make_cases, run_example
 from graphopt.exporting.factory import call_factory, load_factory, require_torch
 from graphopt.exporting.tidy import tidy
 
@@ -89,9 +89,10 @@ def export(
     name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", "factory")
     with quiet(not verbose):
         example = call_factory(load_factory(factory) if isinstance(factory, str) else factory, name)
+        expected = run_example(example, name)
         captured = capture(example, name, opset=opset, verbose=verbose)
         notes = example.notes + tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
-        cases, more = make_cases(example, captured.bounds, name)
+        cases, more = make_cases(example, expected, captured.bounds, name)
     notes += more + [
         f"{symbol!r} goes from {low} to {high}: the module's own limit"
         for symbol, (low, high) in captured.bounds.items()

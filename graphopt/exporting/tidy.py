@@ -97,7 +97,7 @@ def _fold_all_but_weights(model: ir.Model) -> set[str]:
     common.InlinePass()(model)
     fold_constants(model, should_fold=should_fold)
     common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)
     common.CommonSubexpressionEliminationPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

@@ -150,7 +150,7 @@ class Checker:
         self._check_recursion()
         return self._external
 
-    def _fail(self, what: str, *, at: str | None = None, hint: str | None = None) -> BadInput:
+    def _fail(self, what: str, *, at: str | None = None, hint: str = "export the model again") -> BadInput:
         return BadInput(what, where=self._where if at is None else f"{self._where}: {at}", hint=hint)
 
     def _check_header(self) -> None:
@@ -225,7 +225,6 @@ class Checker:
             raise self._fail(
                 f"reads {value.name!r}, which nothing produces",
                 at=label(node),
-                hint="the model is incomplete; export it again",
             )
         self._unsorted = True
 
@@ -237,7 +236,7 @@ class Checker:
                 at=title,
                 hint="return it through an Identity node",
             )
-        return self._fail(f"output {value.name!r} is not produced by any node", at=title, hint="export the model again")
+        return self._fail(f"output {value.name!r} is not produced by any node", at=title)
 
     def _check_standard_op(self, node: ir.Node, opset: int) -> None:
         if opset == 0:
@@ -264,7 +263,8 @@ class Checker:
         if not expected.min_outputs <= len(node.outputs) <= expected.max_outputs:
             raise self._fail(
                 f"has {len(node.outputs)} outputs; {node.op_type} of opset {opset} has"
-                f" {expected.min_outputs} to {expected.max_outputs}",
+                + (" at least" if len(node.outputs) < expected.min_outputs else " at most")
+                + f" {expected.min_outputs if len(node.outputs) < expected.min_outputs else expected.max_outputs}",
                 at=label(node),
             )
         for name in expected.needed_attributes:
@@ -291,7 +291,7 @@ class Checker:
             return self._fail(
                 f"there is no {node.op_type} in opset {opset}; it came with opset {first}",
                 at=label(node),
-                hint="export the model with that opset, or a newer one",
+                hint="export the model with that opset or a newer one",
             )
         return self._fail(
             f"there is no op {node.op_type} in the standard domain (opset {opset})",
@@ -339,9 +339,7 @@ class Checker:
             cycle = find_cycle(graph)
             names = " -> ".join(node.name or f"{node.op_type}" for node in cycle[:4])
             more = " -> ..." if len(cycle) > 4 else ""
-            raise self._fail(
-                f"nodes depend on each other in a circle: {names}{more}", at="graph", hint="export the model again"
-            ) from None
+            raise self._fail(f"nodes depend on each other in a circle: {names}{more}", at="graph") from None
 
     def _check_recursion(self) -> None:
         functions = self._model.functions

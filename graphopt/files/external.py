@@ -10,6 +10,8 @@ import onnx_ir as ir
 
 from graphopt.errors import BadInput
 
+_AGAIN = "export the model again"
+
 BITWIDTH: dict[int, int] = {
     kind.value: kind.bitwidth for kind in ir.DataType if kind not in (ir.DataType.UNDEFINED, ir.DataType.STRING)
 }
@@ -51,7 +53,7 @@ class ExternalFiles:
         if size is None:
             size = self._sizes[location] = self._look_up(location, where)
         if tensor.dtype.value not in BITWIDTH:
-            raise BadInput(f"{tensor.dtype.name} tensors cannot be stored as external data", where=where)
+            raise BadInput(f"{tensor.dtype.name} tensors cannot be stored as external data", where=where, hint=_AGAIN)
         needed = tensor.nbytes
         offset = tensor.offset or 0
         length = needed if tensor.length is None else tensor.length
@@ -60,7 +62,7 @@ class ExternalFiles:
                 f"its external data has {length} bytes, but {tensor.dtype.name}{list(tensor.shape.numpy())}"
                 f" takes {needed}",
                 where=where,
-                hint="the file was written wrongly; export the model again",
+                hint=_AGAIN,
             )
         if offset + length > size:
             raise BadInput(
@@ -71,7 +73,7 @@ class ExternalFiles:
 
     def _look_up(self, location: str, where: str) -> int:
         if not location:
-            raise BadInput("external data without a location", where=where)
+            raise BadInput("external data without a location", where=where, hint=_AGAIN)
         if "\0" in location or Path(location).is_absolute():
             raise BadInput(
                 f"external data at {location!r}, not relative to the model's folder",
@@ -101,9 +103,9 @@ class ExternalFiles:
                 hint="put it into the folder of the .onnx file",
             ) from None
         except OSError as error:
-            raise BadInput(f"external data file {location!r}: {error.strerror}", where=where) from None
+            raise BadInput(f"external data file {location!r}: {error.strerror}", where=where, hint=_AGAIN) from None
         if not stat.S_ISREG(found.st_mode):
-            raise BadInput(f"external data {location!r} is not a file", where=where)
+            raise BadInput(f"external data {location!r} is not a file", where=where, hint=_AGAIN)
         if found.st_nlink > 1:
             # onnx and onnx_ir refuse such files when the weights are read; better now than half-way.
             raise BadInput(

@@ -45,7 +45,7 @@ def load_model(path: str | Path) -> ir.Model:
         BadInput: The file is missing, unreadable, no ONNX model, incomplete, or no valid model.
     """
     file = Path(path)
-    where = os.fspath(path)
+    where = _printable(os.fspath(path))
     folder = Path(os.path.abspath(file)).parent  # as given: a linked .onnx has its data beside the link  # noqa: PTH100
     proto = _parse(_read(file, where), where)
     with _quiet(), _no_collection():
@@ -63,6 +63,11 @@ def load_model(path: str | Path) -> ir.Model:
             model.graph.inputs.extend(kept)
         model.ir_version = 4
     return model
+
+
+def _printable(text: str) -> str:
+    """Text without line breaks and control characters, so that an error stays one line."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _read(file: Path, where: str) -> bytes:
@@ -90,11 +95,13 @@ def _read(file: Path, where: str) -> bytes:
     except FileNotFoundError:
         raise BadInput("no such file", where=where, hint="check the path") from None
     except NotADirectoryError:
-        raise BadInput("no such file: a part of the path is not a folder", where=where) from None
+        raise BadInput("no such file: a part of the path is not a folder", where=where, hint="check the path") from None
     except PermissionError:
         raise BadInput("is not readable", where=where, hint="check its permissions") from None
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot be read: {getattr(error, 'strerror', None) or error}", where=where) from None
+        raise BadInput(
+            f"cannot be read: {getattr(error, 'strerror', None) or error}", where=where, hint="check the path"
+        ) from None
 
 
 def _parse(content: bytes, where: str) -> onnx.ModelProto:

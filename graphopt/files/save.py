@@ -2,8 +2,9 @@
 
 Weights stay where the input had them: inside the ``.onnx``, or in one data file beside it, named by the hash of its
 content (``model.<hash>.data``). A save is prepared in a hidden folder beside the target and takes effect when the
-``.onnx`` is renamed; killed at any moment it leaves the old model or the new one, and what it had not finished is
-removed by the next save to the same target.
+``.onnx`` is renamed; killed at any moment it leaves the old model or the new one, and what it had not finished (the
+hidden folder; between the two renames of a commit also the new data file) is removed by the next save to the same
+target. Large files are not flushed to disk: that is about killed processes and full disks, not about power cuts.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PAGE = 4096
 PAGE_ALIGNED_BYTES = 1 << 20
 # What is read is hashed and written while the processor still has it: larger blocks take up to three times as long.
 BLOCK = 128 << 10
-# A model file up to this size is flushed to disk before it replaces the old one.
+# A model file up to this size is flushed to disk before it replaces the old one: that costs milliseconds.
 SYNC_BYTES = 16 << 20
 
 _STAGING = r"\.[a-z0-9_]{8}\.graphopt-save"

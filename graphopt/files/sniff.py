@@ -21,7 +21,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xfd7zXZ", "an xz archive", "unpack it first"),
     (0, b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unpack it first"),
     (0, b"\x93NUMPY", "a numpy array", "give the .onnx file"),
-    (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it: git lfs pull"),
+    (0, b"version https://git-lfs", "a Git LFS pointer", "fetch it: git lfs pull"),
     (0, b"<!DOCTYPE", "an HTML page, perhaps a download that failed", "download the model again"),
     (0, b"<!doctype", "an HTML page, perhaps a download that failed", "download the model again"),
     (0, b"<html", "an HTML page, perhaps a download that failed", "download the model again"),

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.rewrite.contract import Kind, Pass
+from graphopt.shapes import inherit_trust
 from graphopt.targets import Target
 
 NEAR_MISSES_KEPT = 50
@@ -128,6 +129,9 @@ class Context:
             else ir.Value()
             for m in models
         ]
+        for output, m in zip(outputs, models, strict=True):
+            if m is not None:
+                inherit_trust(output, m)
         made = [] if attributes is None else ir.convenience.convert_attributes(dict(attributes))
         return ir.Node(domain, op_type, inputs, made, outputs=outputs)
 
@@ -417,7 +421,8 @@ class Context:
         if old.is_graph_output():
             owner = old.graph
             assert owner is not None
-            # The declared type and shape of an output are part of the interface.
+            # The declared type and shape of an output are part of the interface; what is known of it stays known.
+            inherit_trust(new, new)
             new.type, new.shape = old.type, old.shape
             for index, output in enumerate(owner.outputs):
                 if output is old:
@@ -425,6 +430,7 @@ class Context:
             inherits = True
         elif new.shape is None and not new.is_initializer():
             new.shape = old.shape
+            inherit_trust(new, old)
         if inherits:
             if new.dtype is None:
                 new.type = old.type

@@ -77,6 +77,19 @@ _MEANINGS: dict[tuple[str, int], str] = {
     ("Unsqueeze", 1): "axes",
     ("Squeeze", 1): "axes",
     ("CumSum", 1): "zero",
+    ("CumProd", 1): "zero",
+    ("Split", 1): "split",
+    ("SplitToSequence", 1): "ones",
+    ("DFT", 1): "size",
+    ("DFT", 2): "ones",
+    ("STFT", 1): "ones",
+    ("STFT", 3): "size",
+    ("HannWindow", 0): "size",
+    ("HammingWindow", 0): "size",
+    ("BlackmanWindow", 0): "size",
+    ("Col2Im", 1): "size",
+    ("Col2Im", 2): "ones",
+    ("AffineGrid", 1): "size",
     ("Trilu", 1): "zero",
     ("OneHot", 1): "depth",
     ("Resize", 1): "positive",
@@ -121,17 +134,23 @@ _INDEXERS: dict[tuple[str, int], tuple[int, str | None, int]] = {
     ("Scatter", 1): (0, "axis", 0),
     ("GatherND", 1): (0, None, 0),
     ("ScatterND", 1): (0, None, 0),
-    ("GatherBlockQuantized", 1): (0, "gather_axis", 0),
-    ("EmbedLayerNormalization", 0): (2, None, 0),
-    ("EmbedLayerNormalization", 1): (4, None, 0),
-    ("EmbedLayerNormalization", 8): (3, None, 0),
-    ("RotaryEmbedding", 1): (2, None, 0),
+    ("RotaryEmbedding", 3): (1, None, 0),
+    ("ArrayFeatureExtractor", 1): (0, None, -1),
+    ("SoftmaxCrossEntropyLoss", 1): (0, None, 1),
+    ("NegativeLogLikelihoodLoss", 1): (0, None, 1),
+    ("com.microsoft.GatherBlockQuantized", 1): (0, "gather_axis", 0),
+    ("com.microsoft.EmbedLayerNormalization", 0): (2, None, 0),
+    ("com.microsoft.EmbedLayerNormalization", 1): (4, None, 0),
+    ("com.microsoft.EmbedLayerNormalization", 8): (3, None, 0),
+    ("com.microsoft.RotaryEmbedding", 1): (2, None, 0),
 }
-_LENGTHS: dict[tuple[str, int], int] = {  # (operator, input that holds lengths) -> axis of input 0 that they measure
-    ("ReverseSequence", 1): 0,
-    ("LSTM", 4): 0,
-    ("GRU", 4): 0,
-    ("RNN", 4): 0,
+# (operator, input that holds lengths) -> (input that they measure, along which axis)
+_LENGTHS: dict[tuple[str, int], tuple[int, int]] = {
+    ("ReverseSequence", 1): (0, 0),
+    ("LSTM", 4): (0, 0),
+    ("GRU", 4): (0, 0),
+    ("RNN", 4): (0, 0),
+    ("Attention", 6): (1, -2),
 }
 _SCATTERS = frozenset({"ScatterElements", "Scatter", "ScatterND"})
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -199,7 +218,7 @@ class Roles:
     equals: list[Scalar] = field(default_factory=list)
     thresholds: list[Scalar] = field(default_factory=list)
     meanings: set[str] = field(default_factory=set)
-    reshaped_to: list[tuple[int, ...] | None] = field(default_factory=list)
+    suggested: list[tuple[int, ...] | None] = field(default_factory=list)  # of a size input: what fits
 
 
 @dataclass(frozen=True)
@@ -300,13 +319,13 @@ class ModelRoles:
         return True
 
     def _note(self, roles: Roles, step: _Step, node: ir.Node, index: int) -> None:
-        key = (node.op_type, index)
+        key = (_qualified(node), index)
         if node.domain not in _KNOWN_DOMAINS and node.op_identifier() not in self.model.functions:
             roles.meanings.add("opaque")
         if key in _INDEXERS:
             roles.limits.append(self._limit(step, node, index))
         elif key in _LENGTHS:
-            size = self._size(node.inputs[0], step.frame, _LENGTHS[key])
+            size = self._size(node.inputs[_LENGTHS[key][0]], step.frame, _LENGTHS[key][1])
             roles.limits.append(Limit(size + 1 if isinstance(size, int) else size, low=1))
         elif key == ("OneHot", 0):
             depth = constant_array(node.inputs[1], limit=1)
@@ -327,8 +346,8 @@ class ModelRoles:
         if key in _MEANINGS:
             meaning = _MEANINGS[key]
             roles.meanings.add("size" if step.part and meaning in ("reshape", "ones") else meaning)
-            if meaning == "reshape" and not step.part:
-                roles.reshaped_to.append(_static(node.outputs[0]))
+            if meaning in ("reshape", "ones", "size", "split") and not step.part:
+                roles.suggested.append(_suggestion(node))
 
     def _onward(self, step: _Step, node: ir.Node, index: int) -> Iterator[_Step]:
         """The values that a consumer passes the step's values on to."""
@@ -379,7 +398,7 @@ class ModelRoles:
                 yield _Step(frame.node.outputs[index], frame.parent, step.scale, step.offset, step.part)
 
     def _limit(self, step: _Step, node: ir.Node, index: int) -> Limit:
-        data, attribute, axis = _INDEXERS[(node.op_type, index)]
+        data, attribute, axis = _INDEXERS[(_qualified(node), index)]
         if node.op_type in ("GatherND", "ScatterND"):
             shape = _static(step.value)
             batch = _integer(node, "batch_dims", 0, step.frame)
@@ -433,6 +452,11 @@ class ModelRoles:
         return None
 
 
+def _qualified(node: ir.Node) -> str:
+    """An operator's name, with its domain unless that is a standard one."""
+    return node.op_type if node.domain in ("", "ai.onnx", "ai.onnx.ml") else f"{node.domain}.{node.op_type}"
+
+
 def _depth(frame: _Frame | None) -> int:
     return 0 if frame is None else 1 + _depth(frame.parent)
 
@@ -447,6 +471,15 @@ def _integer(node: ir.Node, name: str, default: int, frame: _Frame | None) -> in
         attribute = frame.node.attributes.get(referred or "") or frame.function.attributes.get(referred or "")
         frame = frame.parent
     return default if attribute is None or attribute.value is None else attribute.as_int()
+
+
+def _suggestion(node: ir.Node) -> tuple[int, ...] | None:
+    """The sizes that a node's declared outputs imply for its size input, or None."""
+    if node.op_type not in ("Split", "SplitToSequence"):
+        return _static(node.outputs[0])
+    axis = node.attributes.get_int("axis", 0)
+    shapes = [_static(output) for output in node.outputs]
+    return tuple(shape[axis or 0] for shape in shapes if shape)
 
 
 def _static(value: ir.Value) -> tuple[int, ...] | None:

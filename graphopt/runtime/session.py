@@ -103,6 +103,8 @@ def create_session(
     if not optimized:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.use_deterministic_compute = True
+        # Planning which buffers to reuse is quadratic in the nodes: 30 s for 20,000 of them, against 0.7 s without.
+        options.enable_mem_reuse = False
     for key, setting in (config or {}).items():
         options.add_session_config_entry(key, setting)
     where = str(model) if isinstance(model, Path) else None
@@ -196,7 +198,7 @@ def run(
     check_feeds([(spec.name, spec.type, spec.shape) for spec in specs], feeds)
     wanted = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
     raw_outputs = any(_raw_type(output.type) for output in session.get_outputs() if output.name in wanted)
-    arrays = {spec.name: feeds[spec.name] for spec in specs}
+    arrays = {spec.name: _as_array(feeds[spec.name]) for spec in specs}
     try:
         if raw_outputs or any(_is_raw(array) for array in arrays.values()):
             return _run_raw(session, arrays, wanted)
@@ -219,7 +221,7 @@ def bind(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Cal
         ort = import_onnxruntime()
         values = {name: _ort_value(ort, array) for name, array in feeds.items()}
         return lambda: session.run_with_ort_values(wanted, values)
-    arrays = dict(feeds)
+    arrays = {name: _as_array(value) for name, value in feeds.items()}
     return lambda: session.run(wanted, arrays)
 
 
@@ -318,6 +320,10 @@ def _ort_value(ort: Any, value: Any) -> Any:
         return ort.OrtValue.ortvalue_from_numpy(array)
     bits = np.ascontiguousarray(array).view(np.uint16 if array.dtype.itemsize == 2 else np.uint8)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits.reshape(array.shape), int(raw))
+
+
+def _as_array(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, np.generic) else value
 
 
 def _is_raw(value: Any) -> bool:

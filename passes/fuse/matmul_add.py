@@ -41,6 +41,9 @@ class FuseMatMulAdd(RulePass):
             if not used_once(product):
                 ctx.refuse(node, "the product is read elsewhere")
                 continue
+            if source.graph is not node.graph:
+                ctx.refuse(node, "the product is computed outside the body: a loop must not repeat it")
+                continue
             rule = self._matmul if source.op_type == "MatMul" else self._gemm
             if rule(node, source, bias, ctx):
                 return True

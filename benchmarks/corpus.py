@@ -1,0 +1,384 @@
+"""Every case of ONNX's own node corpus that ONNX Runtime runs correctly, through recipe ``safe``.
+
+    python -m benchmarks.corpus [--only NAME] [--limit N] [--no-verify] [--peers]
+
+For each case: does the result compute the same (rtol 1e-3, integers exactly, both runs with the runtime's
+optimizations off), is its interface the same, did anything crash, and did verification object to a result that is
+right? Each case runs in a worker process, so that a crash costs one case. ``--peers`` runs the same cases through
+the other tools that are installed. Only a full run writes results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from benchmarks.common import has, print_table, write_result
+
+WORKERS = 2
+TIMEOUT = 120.0
+RTOL = 1e-3
+SHOWN = 40
+VERIFIED, UNVERIFIED = "graphopt safe", "graphopt safe --no-verify"
+
+# In the order of the table. "not run" and "differs" say that ONNX Runtime itself does not run the case correctly.
+OUTCOMES = ("ok", "invalid", "wrong", "interface", "exception", "crash", "timeout", "false alarm", "caught", "vacuous")
+
+
+@dataclass
+class Outcome:
+    """What became of one case."""
+
+    case: str
+    tool: str
+    kind: str
+    detail: str = ""
+
+
+Tool = Callable[[Path, Path], None]
+
+
+class Refused(Exception):
+    """graphopt wrote nothing, or undid rewrites; with the reason."""
+
+
+def graphopt_safe(source: Path, out: Path) -> None:
+    """Recipe ``safe``, verified. Raises Refused where verification objected."""
+    from graphopt import optimize
+    from graphopt.errors import GateFailed
+
+    try:
+        report = optimize(source, out)
+    except GateFailed as error:
+        raise Refused(str(error)) from error
+    if report.undone:
+        raise Refused("; ".join(f"undone {key}: {reason}" for key, reason in report.undone.items()))
+
+
+def graphopt_unverified(source: Path, out: Path) -> None:
+    """Recipe ``safe`` with nothing but the structure checked."""
+    from graphopt import optimize
+
+    optimize(source, out, verify=False)
+
+
+def ort_basic(source: Path, out: Path) -> None:
+    """ONNX Runtime's offline optimization, level basic."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(out)
+    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+def onnxscript_optimize(source: Path, out: Path) -> None:
+    """onnxscript.optimizer.optimize."""
+    import onnxscript.optimizer
+
+    onnx.save(onnxscript.optimizer.optimize(onnx.load(source)), out)
+
+
+def onnxslim_slim(source: Path, out: Path) -> None:
+    """onnxslim with its default settings."""
+    import onnxslim
+
+    onnx.save(onnxslim.slim(onnx.load(source)), out)
+
+
+def onnxsim_simplify(source: Path, out: Path) -> None:
+    """onnxsim with its default settings."""
+    import onnxsim
+
+    onnx.save(onnxsim.simplify(onnx.load(source))[0], out)
+
+
+TOOLS: dict[str, Tool] = {
+    UNVERIFIED: graphopt_unverified,
+    VERIFIED: graphopt_safe,
+    "onnxruntime basic": ort_basic,
+    "onnxscript": onnxscript_optimize,
+    "onnxslim": onnxslim_slim,
+    "onnxsim": onnxsim_simplify,
+}
+
+
+def collect() -> list[Any]:
+    """All cases, made (not read) by ONNX's generator, expanded functions included."""
+    import warnings
+
+    from onnx.backend.test.case.node import collect_testcases
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # overflow and division by zero are what some cases are about
+        return sorted(collect_testcases(None), key=lambda case: str(case.name))
+
+
+def run_case(case: Any, tools: Sequence[str], folder: Path) -> list[Outcome]:
+    """One case through all tools; a single outcome "not run" or "differs" where ONNX Runtime fails already."""
+    source = folder / "case.onnx"
+    source.write_bytes(case.model.SerializeToString())
+    try:
+        expected = [_run(source, feeds) for feeds in _feeds(case)]
+    except Exception as error:
+        return [Outcome(case.name, "", "not run", _line(error))]
+    for (_, outputs), mine in zip(case.data_sets, expected, strict=True):
+        reason = next(filter(None, map(_why_apart, mine, outputs)), None)
+        if reason is not None:
+            return [Outcome(case.name, "", "differs", reason)]
+    outcomes = []
+    for tool in tools:
+        out = folder / "result.onnx"
+        out.unlink(missing_ok=True)
+        kind, detail = _judge(case, expected, TOOLS[tool], source, out)
+        outcomes.append(Outcome(case.name, tool, kind, detail.replace(f"{folder}/", "")))
+    return outcomes
+
+
+def _judge(case: Any, expected: Sequence[list[Any]], tool: Tool, source: Path, out: Path) -> tuple[str, str]:
+    try:
+        tool(source, out)
+    except Refused as refusal:
+        if "vacuous" in str(refusal):
+            return "vacuous", str(refusal)
+        # Verification objected. It was right to, if the same rewrites, unverified, give a wrong result.
+        graphopt_unverified(source, out)
+        kind, detail = _compare(case, expected, source, out)
+        return ("false alarm", str(refusal)) if kind == "ok" else ("caught", f"{refusal}; {kind}: {detail}")
+    except Exception as error:
+        return "exception", f"{type(error).__name__}: {_line(error)}"
+    return _compare(case, expected, source, out)
+
+
+def _compare(case: Any, expected: Sequence[list[Any]], source: Path, out: Path) -> tuple[str, str]:
+    before, after = interface(onnx.load(source)), interface(onnx.load(out))
+    if before != after:
+        return "interface", f"{before} became {after}"
+    for feeds, outputs in zip(_feeds(case), expected, strict=True):
+        try:
+            found = _run(out, feeds)
+        except Exception as error:
+            return "invalid", _line(error)
+        reason = next(filter(None, map(_why_apart, found, outputs)), None)
+        if reason is not None:
+            return "wrong", reason
+    return "ok", ""
+
+
+def interface(model: onnx.ModelProto) -> list[list[tuple[str, bytes]]]:
+    """Inputs (weights left out) and outputs of a model: names in order, with their types and dims."""
+    held = {initializer.name for initializer in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in held]
+    return [
+        [(value.name, value.type.SerializeToString(deterministic=True)) for value in values]
+        for values in (inputs, model.graph.output)
+    ]
+
+
+def _feeds(case: Any) -> Iterator[dict[str, Any]]:
+    names = [value.name for value in case.model.graph.input]
+    for inputs, _ in case.data_sets:
+        # A case may leave out optional inputs at the end; they are not inputs of its graph either.
+        yield dict(zip(names, (_plain(value) for value in inputs), strict=True))
+
+
+def _plain(value: Any) -> Any:
+    return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
+
+
+def _run(path: Path, feeds: dict[str, Any]) -> list[Any]:
+    from graphopt.runtime.session import create_session, run
+
+    session = create_session(path, optimized=False, threads=1)
+    return list(run(session, feeds).values())
+
+
+def _why_apart(found: Any, expected: Any) -> str | None:
+    """Why two outputs (arrays, lists of arrays, None) are not the same; None where they are."""
+    if isinstance(expected, list):
+        if not isinstance(found, list) or len(found) != len(expected):
+            return "sequences of different lengths"
+        return next(filter(None, map(_why_apart, found, expected)), None)
+    if found is None or expected is None:
+        return None if found is expected else "one is absent"
+    a, b = np.asarray(found), np.asarray(_plain(expected))
+    if a.dtype != b.dtype and "O" not in (a.dtype.kind, b.dtype.kind):
+        return f"dtype {a.dtype}, expected {b.dtype}"
+    if a.shape != b.shape:
+        return f"shape {a.shape}, expected {b.shape}"
+    if a.dtype.kind in "iubOUS":
+        different = int(np.sum(a.astype(object) != b.astype(object)))
+        return f"{different} of {a.size} values differ" if different else None
+    # Narrow dtypes have fewer digits than rtol asks for.
+    rtol = max(RTOL, 4 * float(_eps(b.dtype)))
+    a, b = a.astype(np.complex128), b.astype(np.complex128)
+    with np.errstate(invalid="ignore"):
+        close = np.isclose(a, b, rtol=rtol, atol=1e-6, equal_nan=True)
+    return None if close.all() else f"{int((~close).sum())} of {close.size} values differ"
+
+
+def _eps(dtype: np.dtype[Any]) -> float:
+    import ml_dtypes
+
+    return float(ml_dtypes.finfo(dtype).eps)
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    case: int | None = None
+    since: float = field(default_factory=time.monotonic)
+
+
+def _serve(pipe: Connection, cases: Sequence[Any], tools: Sequence[str]) -> None:
+    """A worker: takes indices of cases, gives outcomes."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # the tools' own chatter
+        os.dup2(quiet, stream)
+    with tempfile.TemporaryDirectory() as folder:
+        while (index := pipe.recv()) is not None:
+            work = Path(folder) / str(index)
+            work.mkdir()
+            try:
+                pipe.send(run_case(cases[index], tools, work))
+            except Exception as error:
+                tool = tools[0] if len(tools) == 1 else ""
+                pipe.send([Outcome(cases[index].name, tool, "exception", f"{type(error).__name__}: {_line(error)}")])
+            shutil.rmtree(work)
+
+
+def run_all(cases: Sequence[Any], tools: Sequence[str], *, workers: int = WORKERS) -> Iterator[list[Outcome]]:
+    """All cases in worker processes; a worker that dies or hangs costs its case and is replaced.
+
+    Where a worker dies with several tools, the case is tried again with one tool at a time, to name the one.
+    """
+    # The cases are handed over by forking: they take seconds to make. ONNX Runtime is only loaded in workers.
+    context = multiprocessing.get_context("fork")
+
+    def start() -> _Worker:
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, cases, tools), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, mine)
+
+    def give(worker: _Worker) -> None:
+        worker.case = next(todo, None)
+        worker.since = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):
+            worker.pipe.send(worker.case)
+
+    todo = iter(range(len(cases)))
+    pool = [start() for _ in range(workers)]
+    for worker in pool:
+        give(worker)
+    while any(worker.case is not None for worker in pool):
+        ready = wait([worker.pipe for worker in pool if worker.case is not None], timeout=1.0)
+        for i, worker in enumerate(pool):
+            if worker.case is None:
+                continue
+            name = cases[worker.case].name
+            if worker.pipe in ready:
+                try:
+                    yield worker.pipe.recv()
+                except EOFError:
+                    worker.process.join()
+                    yield _one_by_one(name, "crash", f"exit code {worker.process.exitcode}", tools)
+                    pool[i] = worker = start()
+                give(worker)
+            elif time.monotonic() - worker.since > TIMEOUT:
+                worker.process.kill()
+                yield _one_by_one(name, "timeout", f"longer than {TIMEOUT:.0f} s", tools)
+                pool[i] = start()
+                give(pool[i])
+
+
+def _one_by_one(name: str, kind: str, detail: str, tools: Sequence[str]) -> list[Outcome]:
+    return [Outcome(name, tool, kind, detail) for tool in tools]
+
+
+def summarise(outcomes: Iterable[Outcome], tools: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How many cases had which outcome, by tool."""
+    counts = {tool: Counter[str]() for tool in tools}
+    for outcome in outcomes:
+        if outcome.tool:
+            counts[outcome.tool][outcome.kind] += 1
+    return {tool: {kind: count[kind] for kind in OUTCOMES} for tool, count in counts.items()}
+
+
+def main() -> int:
+    """Run the corpus and print the table. Exit code 1 where graphopt did anything wrong."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--only", metavar="NAME", help="cases whose name contains this")
+    parser.add_argument("--limit", type=int, metavar="N", help="only so many cases, spread over all")
+    parser.add_argument("--no-verify", action="store_true", help="leave graphopt's verification out")
+    parser.add_argument("--peers", action="store_true", help="the other tools that are installed, too")
+    options = parser.parse_args()
+
+    tools = [UNVERIFIED] if options.no_verify else [UNVERIFIED, VERIFIED]
+    if options.peers:
+        tools += ["onnxruntime basic", *filter(has, ("onnxscript", "onnxslim", "onnxsim"))]
+    cases = collect()
+    if options.only:
+        cases = [case for case in cases if options.only in case.name]
+    if options.limit and options.limit < len(cases):
+        cases = cases[:: len(cases) // options.limit][: options.limit]
+
+    # One pool a tool where peers take part: a crash then names the tool that crashed.
+    outcomes: list[Outcome] = []
+    start = time.perf_counter()
+    pools = [[tool] for tool in tools] if options.peers else [tools]
+    for pool in pools:
+        outcomes += [outcome for found in run_all(cases, pool) for outcome in found]
+    seconds = time.perf_counter() - start
+
+    unusable = {outcome.case: outcome for outcome in outcomes if not outcome.tool}
+    counts = summarise(outcomes, tools)
+    shown = [kind for kind in OUTCOMES if any(count[kind] for count in counts.values())]
+    print_table(
+        ["tool", *((kind, "right") for kind in shown)],
+        [[tool, *(counts[tool][kind] for kind in shown)] for tool in tools],
+        f"{len(cases) - len(unusable)} cases that ONNX Runtime runs correctly, of {len(cases)}; {seconds:.0f} s",
+    )
+    bad = [outcome for outcome in outcomes if outcome.tool and outcome.kind != "ok"]
+    for outcome in bad[:SHOWN]:
+        print(f"{outcome.tool} · {outcome.case} · {outcome.kind}: {outcome.detail}")
+    if len(bad) > SHOWN:
+        print(f"... and {len(bad) - SHOWN} more")
+    if not (options.only or options.limit or options.no_verify):
+        write_result(
+            "corpus",
+            {
+                "cases": len(cases) - len(unusable),
+                "not_run_by_onnxruntime": sum(outcome.kind == "not run" for outcome in unusable.values()),
+                "onnxruntime_differs": sum(outcome.kind == "differs" for outcome in unusable.values()),
+                "rtol": RTOL,
+                "tools": counts,
+                "not_ok": bad,
+                "seconds": round(seconds),
+            },
+        )
+    return int(any(outcome.tool in (VERIFIED, UNVERIFIED) and outcome.kind != "vacuous" for outcome in bad))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

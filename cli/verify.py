@@ -1,0 +1,55 @@
+"""``graphopt verify``: do two models compute the same?"""
+
+from __future__ import annotations
+
+import click
+
+from graphopt.cli.output import common_options, console, print_json, progress
+
+
+@click.command("verify")
+@click.argument("a", metavar="A.onnx")
+@click.argument("b", metavar="B.onnx")
+@click.option("--calibration", metavar="F.npz|DIR", help="Real inputs: an .npz, or a folder of them.")
+@click.option("--custom-ops", metavar="LIB", help="Shared library of ONNX Runtime custom operators.")
+@click.option("--bitwise", is_flag=True, help="Ask for the same bits (optimizations off).")
+@click.option("--fail-if", multiple=True, metavar="COND", help="Use this instead of the rounding rule: 'max_abs>1e-3'.")
+@common_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    a: str,
+    b: str,
+    calibration: str | None,
+    custom_ops: str | None,
+    bitwise: bool,
+    fail_if: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Compare what two models compute.
+
+    A with the runtime's optimizations off is the reference. B counts as the same where every output is no further from
+    A's float64 result than four times A is. Exit 1 where it does not.
+    """
+    from graphopt.verifying import verify
+
+    with progress("verifying", enabled=not as_json):
+        report = verify(a, b, calibration=calibration, custom_ops=custom_ops, bitwise=bitwise, fail_if=fail_if)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        out = console()
+        found = report.verification
+        out.print("same" if report.passed else f"different: {report.reason}")
+        out.print(
+            f"largest difference {found.max_abs:.2g} (relative {found.max_rel:.2g}), cosine {found.cosine_min:.7f},"
+            f" {found.cases} {found.coverage['feeds']} cases, yardstick {found.coverage['reference']}"
+        )
+        if found.coverage["vacuous"]:
+            out.print(f"says nothing (constant on every input tried): {', '.join(found.coverage['vacuous'])}")
+        if verbose:
+            for line in report.differences:
+                out.print(f"  {line}")
+    if not report.passed:
+        ctx.exit(1)

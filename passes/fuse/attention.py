@@ -1,0 +1,304 @@
+"""Scaled dot-product attention over several heads, written out by exporters, as one operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphopt import graphs
+from graphopt.passes.fuse._dims import Term, Terms, reshape_of, size_of, sizes_of
+from graphopt.passes.fuse._match import import_domain, int_attribute, made_by, permutation, scalar_beside, split_scalar
+from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
+
+_BIAS = 1 << 20
+
+
+class _No(Exception):
+    """The pattern is not there. The text says what is missing, where it is nearly there; else it is empty."""
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """softmax(scale q k^T + mask).
+
+    Attributes:
+        queries: [batch, heads, queries, size].
+        keys: [batch, heads, keys, size], or [batch, heads, size, keys] where ``keys_transposed``.
+        mask: Added to the scores, or None.
+    """
+
+    queries: ir.Value
+    keys: ir.Value
+    keys_transposed: bool
+    scale: float
+    mask: ir.Value | None
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """[batch, length, heads * size] split into heads: ``source`` before, the number and size of heads after."""
+
+    source: ir.Value
+    batch: Term
+    length: Term
+    heads: int
+    size: int
+
+
+class FuseAttention(RulePass):
+    """softmax(q k^T scale + mask) v over heads becomes MultiHeadAttention of com.microsoft."""
+
+    name = "fuse-attention"
+    kind = Kind.ROUNDING
+    stage = Stage.FUSE
+    explanation = Explanation(
+        matches="q, k and v split into heads by Reshape and Transpose, the product of q and k scaled before or after, an "
+        "added mask or none, Softmax over the keys (with PyTorch's guard against rows of NaN or without), the product with "
+        "v, and the heads merged by Transpose and Reshape; constant biases of q, k and v go along",
+        refuses="heads that are not provably split and merged the same way; a mask that broadcasts in other ways than over "
+        "batch, heads and queries; a guarded mask that may be infinite, since whole rows of it are zeros then; dtypes "
+        "other than float32; a target without com.microsoft's MultiHeadAttention; probabilities that are an output",
+        costs="linear in the nodes; saves the transposes, the scaling and the guard of each layer",
+        source="Vaswani et al., Attention Is All You Need, arXiv 1706.03762; com.microsoft MultiHeadAttention",
+    )
+    roots = ("Softmax",)
+
+    def rewrite(self, node: ir.Node, ctx: Context) -> bool:
+        try:
+            return self._rewrite(node, ctx)
+        except _No as reason:
+            if str(reason):
+                ctx.refuse(node, str(reason))
+            return False
+
+    def _rewrite(self, node: ir.Node, ctx: Context) -> bool:
+        product, values, guarded = _weighted(node)
+        scores = _scores(node)
+        merged, terms = _merged(product)
+        if merged.dtype is not ir.DataType.FLOAT:
+            raise _No("attention in another dtype than float32")
+        q, k, v = _heads(scores.queries, False), _heads(scores.keys, scores.keys_transposed), _heads(values, False)
+        if not q.heads == k.heads == v.heads or not q.batch == k.batch == v.batch:
+            raise _No("q, k and v do not have the same batch and heads")
+        if k.length != v.length or q.size != k.size:
+            raise _No("k and v are not of one length, or q and k not of one size")
+        if terms != (q.batch, q.length, q.heads * v.size):
+            raise _No("the heads are not provably merged into [batch, queries, heads * size]")
+        if scores.scale == 0 or not np.isfinite(scores.scale):
+            raise _No(f"a scale of {scores.scale}")
+        nodes: list[ir.Node] = []
+        mask = None
+        if scores.mask is not None:
+            if guarded and not _finite(scores.mask):
+                raise _No("the mask may be infinite over a whole row, which the guard makes zeros")
+            mask = _mask(scores.mask, q, k, nodes, ctx)
+        sources, bias = _biases((q, k, v), ctx)
+        attention = ctx.node(
+            "MultiHeadAttention",
+            [*sources, bias, None, mask] if mask is not None else [*sources, bias] if bias is not None else sources,
+            {"num_heads": q.heads, "scale": scores.scale},
+            like=merged,
+            domain="com.microsoft",
+        )
+        owner = node.graph
+        if not ctx.replace({merged: attention.outputs[0]}, [*nodes, attention], rule="multi-head-attention"):
+            return False
+        import_domain(ctx, owner, "com.microsoft")
+        return True
+
+
+def _sole(value: ir.Value, *op_types: str) -> ir.Node:
+    node = graphs.sole_consumer(value)
+    if node is None or node.domain != "" or node.op_type not in op_types:
+        raise _No
+    return node
+
+
+def _weighted(softmax: ir.Node) -> tuple[ir.Value, ir.Value, bool]:
+    """What the probabilities are multiplied with: the product, the values, and whether NaN is replaced by 0 before."""
+    known = graphs.rank(softmax.outputs[0]) or graphs.rank(softmax.inputs[0])
+    # Before opset 13 Softmax flattened all axes from the given one on; with the last axis both mean the same.
+    axis = int_attribute(softmax, "axis", -1)
+    if known not in (None, 4) or axis is None or (axis != -1 and (known is None or axis != known - 1)):
+        raise _No
+    probabilities = softmax.outputs[0]
+    if probabilities.is_graph_output():
+        raise _No("the probabilities are an output")
+    guarded = False
+    readers = [use.node for use in probabilities.uses()]
+    if len(readers) == 2:
+        where = next((r for r in readers if r.op_type == "Where" and r.domain == ""), None)
+        nan = made_by(where.inputs[0], "IsNaN") if where is not None else None
+        if where is None or nan is None or nan.inputs[0] is not probabilities or nan not in readers:
+            raise _No
+        if where.inputs[2] is not probabilities or scalar_beside(where.inputs[1], probabilities) != 0:
+            raise _No
+        probabilities, guarded = where.outputs[0], True
+    product = _sole(probabilities, "MatMul")
+    values = product.inputs[1]
+    if product.inputs[0] is not probabilities or values is None or product.graph is not softmax.graph:
+        raise _No
+    return product.outputs[0], values, guarded
+
+
+def _scores(softmax: ir.Node) -> _Scores:
+    current = softmax.inputs[0]
+    mask = None
+    added = made_by(current, "Add")
+    if added is not None:
+        choices = [(a, b) for a, b in (added.inputs, added.inputs[::-1]) if _is_product(a)]
+        if len(choices) != 1:
+            raise _No
+        current, mask = choices[0]
+    current, scale = _unscaled(current)
+    product = made_by(current, "MatMul")
+    if product is None or product.inputs[0] is None or product.inputs[1] is None:
+        raise _No
+    queries, by_queries = _unscaled(product.inputs[0])
+    keys, by_keys = _unscaled(product.inputs[1])
+    scale *= by_queries * by_keys
+    assert queries is not None and keys is not None
+    swapped = _swapped(keys)
+    if swapped is not None:
+        keys, again = _unscaled(swapped)
+        assert keys is not None
+        return _Scores(queries, keys, False, scale * again, mask)
+    return _Scores(queries, keys, True, scale, mask)
+
+
+def _is_product(value: ir.Value | None) -> bool:
+    source, _ = _unscaled(value)
+    return made_by(source, "MatMul") is not None
+
+
+def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
+    """A value without the number that it is multiplied with or divided by."""
+    node = made_by(value, "Mul", "Div")
+    if node is None:
+        return value, 1.0
+    split = split_scalar(node)
+    if split is None:
+        return value, 1.0
+    if node.op_type == "Mul":
+        return split
+    if split[0] is not node.inputs[0] or split[1] == 0:
+        return value, 1.0
+    return split[0], 1.0 / split[1]
+
+
+def _swapped(value: ir.Value) -> ir.Value | None:
+    """The value whose last two axes are swapped here, by one Transpose or by way of three axes; None: neither."""
+    swap = made_by(value, "Transpose")
+    if swap is not None:
+        return swap.inputs[0] if permutation(swap) == (0, 1, 3, 2) else None
+    outer = reshape_of(value)
+    swap = made_by(outer[0], "Transpose") if outer is not None else None
+    if outer is None or swap is None or permutation(swap) != (0, 2, 1):
+        return None
+    inner = reshape_of(swap.inputs[0])
+    source = inner[0] if inner is not None else None
+    sizes = sizes_of(source)
+    if source is None or sizes is None or len(sizes) != 4:
+        return None
+    # [a, b, c, d] -> [a b, c, d] -> [a b, d, c] -> [a, b, d, c]
+    flat = sizes_of(swap.inputs[0]) if inner is None else inner[1]
+    wanted = (sizes[0], sizes[1], sizes[3], sizes[2])
+    return source if flat is not None and len(flat) == 3 and flat[1:] == sizes[2:] and outer[1] == wanted else None
+
+
+def _merged(product: ir.Value) -> tuple[ir.Value, Terms]:
+    """The value in which the heads stand side by side again, and its sizes."""
+    transpose = _sole(product, "Transpose")
+    if permutation(transpose) != (0, 2, 1, 3):
+        raise _No
+    reshape = _sole(transpose.outputs[0], "Reshape")
+    if reshape.inputs[0] is not transpose.outputs[0] or reshape.graph is not product.graph:
+        raise _No
+    found = reshape_of(reshape.outputs[0])
+    if found is None:
+        raise _No("the heads are merged into a shape that is not known")
+    return reshape.outputs[0], found[1]
+
+
+def _heads(value: ir.Value, transposed: bool) -> _Heads:
+    transpose = made_by(value, "Transpose")
+    if transpose is None or permutation(transpose) != ((0, 2, 3, 1) if transposed else (0, 2, 1, 3)):
+        raise _No
+    found = reshape_of(transpose.inputs[0])
+    if found is None:
+        raise _No("the heads are split into a shape that is not known")
+    source, terms = found
+    if graphs.rank(source) != 3 or len(terms) != 4:
+        raise _No("the heads are not split from [batch, length, heads * size]")
+    batch, length, width = (size_of(source, axis) for axis in range(3))
+    heads, size = terms[2], terms[3]
+    if not isinstance(heads, int) or not isinstance(size, int) or heads * size == 0 or width != heads * size:
+        raise _No(f"{heads} heads of {size} do not make the width {width}")
+    # With the width accounted for, one equal axis makes the other equal too.
+    if terms[0] != batch and terms[1] != length:
+        raise _No("batch and length are not provably left as they are")
+    return _Heads(source, batch, length, heads, size)
+
+
+def _finite(mask: ir.Value) -> bool:
+    """Whether a mask chooses between finite numbers."""
+    node = made_by(mask, "Where")
+    while node is None:
+        view = made_by(mask, "Expand", "Unsqueeze", "Cast")
+        if view is None or view.inputs[0] is None:
+            return False
+        mask = view.inputs[0]
+        node = made_by(mask, "Where")
+    numbers = [graphs.scalar_of(value) for value in node.inputs[1:]]
+    return all(number is not None and np.isfinite(number) for number in numbers)
+
+
+def _mask(mask: ir.Value, q: _Heads, k: _Heads, nodes: list[ir.Node], ctx: Context) -> ir.Value:
+    """The mask with four axes, and with one row for each query, as the operator wants it."""
+    sizes = sizes_of(mask)
+    if mask.dtype is not ir.DataType.FLOAT or sizes is None or len(sizes) > 4 or len(sizes) < 2:
+        raise _No("a mask whose type or rank is not known")
+    sizes = (1,) * (4 - len(sizes)) + sizes
+    if sizes[0] not in (1, q.batch) or sizes[1] not in (1, q.heads) or sizes[3] != k.length:
+        raise _No(f"a mask of {sizes} for scores of {(q.batch, q.heads, q.length, k.length)}")
+    if sizes[2] not in (1, q.length):
+        raise _No(f"a mask with {sizes[2]} rows for {q.length} queries")
+    if len(mask.shape or ()) < 4:
+        axes = ctx.constant(np.arange(4 - len(mask.shape or ()), dtype=np.int64), "axes")
+        if ctx.opset < 13:
+            raise _No("a mask of fewer than four axes before opset 13")
+        nodes.append(ctx.node("Unsqueeze", [mask, axes]))
+        mask = nodes[-1].outputs[0]
+        mask.type = ir.TensorType(ir.DataType.FLOAT)
+    if sizes[2] == 1 and q.length != 1:
+        shape = ctx.node("Shape", [q.source])
+        length = ctx.node("Gather", [shape.outputs[0], ctx.constant(np.array([1], np.int64), "queries_axis")])
+        one = ctx.constant(np.array([1], np.int64), "one")
+        wanted = ctx.node("Concat", [one, one, length.outputs[0], one], {"axis": 0})
+        rows = ctx.node("Expand", [mask, wanted.outputs[0]])
+        rows.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        nodes.extend((shape, length, wanted, rows))
+        mask = rows.outputs[0]
+    return mask
+
+
+def _biases(parts: tuple[_Heads, _Heads, _Heads], ctx: Context) -> tuple[list[ir.Value], ir.Value | None]:
+    """q, k and v without the constant biases that are added to them, and those biases one after the other."""
+    sources: list[ir.Value] = []
+    biases: list[np.ndarray] = []
+    for part in parts:
+        width = part.heads * part.size
+        source, bias = part.source, np.zeros(width, np.float32)
+        node = made_by(source, "Add")
+        for value, constant in (node.inputs, node.inputs[::-1]) if node is not None else ():
+            array = graphs.constant_array(constant, limit=_BIAS)
+            if value is not None and array is not None and array.shape == (width,) and graphs.rank(value) == 3:
+                source, bias = value, array
+                break
+        sources.append(source)
+        biases.append(bias)
+    if all(source is part.source for source, part in zip(sources, parts, strict=True)):
+        return sources, None
+    return sources, ctx.constant(np.concatenate(biases), "attention_bias")
