@@ -11,16 +11,10 @@ the other tools that are installed. Only a full run writes results.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import multiprocessing
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +22,8 @@ import numpy as np
 import onnx
 
 from benchmarks.common import has, print_table, write_result
+from benchmarks.pool import Died, Pool, first_line
 
-WORKERS = 2
-TIMEOUT = 120.0
 RTOL = 1e-3
 SHOWN = 40
 VERIFIED, UNVERIFIED = "graphopt safe", "graphopt safe --no-verify"
@@ -135,7 +128,7 @@ def run_case(case: Any, tools: Sequence[str], folder: Path) -> list[Outcome]:
     try:
         expected = [_run(source, feeds) for feeds in _feeds(case)]
     except Exception as error:
-        return [Outcome(case.name, "", "not run", _line(error))]
+        return [Outcome(case.name, "", "not run", first_line(error))]
     for (_, outputs), mine in zip(case.data_sets, expected, strict=True):
         reason = next(filter(None, map(_why_apart, mine, outputs)), None)
         if reason is not None:
@@ -160,7 +153,7 @@ def _judge(case: Any, expected: Sequence[list[Any]], tool: Tool, source: Path, o
         kind, detail = _compare(case, expected, source, out)
         return ("false alarm", str(refusal)) if kind == "ok" else ("caught", f"{refusal}; {kind}: {detail}")
     except Exception as error:
-        return "exception", f"{type(error).__name__}: {_line(error)}"
+        return "exception", f"{type(error).__name__}: {first_line(error)}"
     return _compare(case, expected, source, out)
 
 
@@ -172,7 +165,7 @@ def _compare(case: Any, expected: Sequence[list[Any]], source: Path, out: Path) 
         try:
             found = _run(out, feeds)
         except Exception as error:
-            return "invalid", _line(error)
+            return "invalid", first_line(error)
         reason = next(filter(None, map(_why_apart, found, outputs)), None)
         if reason is not None:
             return "wrong", reason
@@ -237,83 +230,18 @@ def _eps(dtype: np.dtype[Any]) -> float:
     return float(ml_dtypes.finfo(dtype).eps)
 
 
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+def run_all(cases: Sequence[Any], tools: Sequence[str]) -> Iterator[Outcome]:
+    """All cases through all tools in worker processes."""
 
+    def task(index: int, folder: Path) -> list[Outcome]:
+        return run_case(cases[index], tools, folder)
 
-@dataclass
-class _Worker:
-    process: Any
-    pipe: Connection
-    case: int | None = None
-    since: float = field(default_factory=time.monotonic)
-
-
-def _serve(pipe: Connection, cases: Sequence[Any], tools: Sequence[str]) -> None:
-    """A worker: takes indices of cases, gives outcomes."""
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # the tools' own chatter
-        os.dup2(quiet, stream)
-    with tempfile.TemporaryDirectory() as folder:
-        while (index := pipe.recv()) is not None:
-            work = Path(folder) / str(index)
-            work.mkdir()
-            try:
-                pipe.send(run_case(cases[index], tools, work))
-            except Exception as error:
-                tool = tools[0] if len(tools) == 1 else ""
-                pipe.send([Outcome(cases[index].name, tool, "exception", f"{type(error).__name__}: {_line(error)}")])
-            shutil.rmtree(work)
-
-
-def run_all(cases: Sequence[Any], tools: Sequence[str], *, workers: int = WORKERS) -> Iterator[list[Outcome]]:
-    """All cases in worker processes; a worker that dies or hangs costs its case and is replaced.
-
-    Where a worker dies with several tools, the case is tried again with one tool at a time, to name the one.
-    """
-    # The cases are handed over by forking: they take seconds to make. ONNX Runtime is only loaded in workers.
-    context = multiprocessing.get_context("fork")
-
-    def start() -> _Worker:
-        mine, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, cases, tools), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process, mine)
-
-    def give(worker: _Worker) -> None:
-        worker.case = next(todo, None)
-        worker.since = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):
-            worker.pipe.send(worker.case)
-
-    todo = iter(range(len(cases)))
-    pool = [start() for _ in range(workers)]
-    for worker in pool:
-        give(worker)
-    while any(worker.case is not None for worker in pool):
-        ready = wait([worker.pipe for worker in pool if worker.case is not None], timeout=1.0)
-        for i, worker in enumerate(pool):
-            if worker.case is None:
-                continue
-            name = cases[worker.case].name
-            if worker.pipe in ready:
-                try:
-                    yield worker.pipe.recv()
-                except EOFError:
-                    worker.process.join()
-                    yield _one_by_one(name, "crash", f"exit code {worker.process.exitcode}", tools)
-                    pool[i] = worker = start()
-                give(worker)
-            elif time.monotonic() - worker.since > TIMEOUT:
-                worker.process.kill()
-                yield _one_by_one(name, "timeout", f"longer than {TIMEOUT:.0f} s", tools)
-                pool[i] = start()
-                give(pool[i])
-
-
-def _one_by_one(name: str, kind: str, detail: str, tools: Sequence[str]) -> list[Outcome]:
-    return [Outcome(name, tool, kind, detail) for tool in tools]
+    # The cases are handed over by forking: they take seconds to make.
+    for index, result in Pool(task, len(cases)).results():
+        if isinstance(result, Died):
+            yield from (Outcome(cases[index].name, tool, result.kind, result.detail) for tool in tools)
+        else:
+            yield from result
 
 
 def summarise(outcomes: Iterable[Outcome], tools: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -348,7 +276,7 @@ def main() -> int:
     start = time.perf_counter()
     pools = [[tool] for tool in tools] if options.peers else [tools]
     for pool in pools:
-        outcomes += [outcome for found in run_all(cases, pool) for outcome in found]
+        outcomes += run_all(cases, pool)
     seconds = time.perf_counter() - start
 
     unusable = {outcome.case: outcome for outcome in outcomes if not outcome.tool}

@@ -11,7 +11,7 @@ import click
 from graphopt.cli.output import common_options, console, print_json, progress, table
 
 if TYPE_CHECKING:
-    from graphopt.bench import BenchResult, ModelTiming
+    from graphopt.benchmarking import BenchResult, ModelTiming
 
 
 @click.command()
@@ -41,7 +41,7 @@ def command(
     first model's time over the other's: above 1 is faster. One is called faster only where the 95 % interval
     says so.
     """
-    from graphopt.bench import bench, parse_shapes
+    from graphopt.benchmarking import bench, parse_shapes
 
     with progress("benchmark", total=1.0, enabled=not as_json) as advance:
         result = bench(

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.bench import bench
+    from graphopt.benchmarking import bench
     from graphopt.bisecting import bisect
     from graphopt.engines import build_engine as build
     from graphopt.exporting import export
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["bench", "bisect", "build", "export", "inspect", "load", "optimize", "verify"]
 
 _HOMES = {
-    "bench": ("graphopt.bench", "bench"),
+    "bench": ("graphopt.benchmarking", "bench"),
     "bisect": ("graphopt.bisecting", "bisect"),
     "build": ("graphopt.engines", "build_engine"),
     "export": ("graphopt.exporting", "export"),

@@ -106,6 +106,27 @@ def is_value_independent(op_type: str, dtype: ir.DataType, result: ir.DataType) 
     return op_type in _LATER_ARITHMETIC and dtype in wide and result == dtype
 
 
+def result_shapes(operation: Operation, tensors: Sequence[ir.TensorProtocol | None]) -> list[tuple[int, ...]] | None:
+    """The shapes of the outputs of an operator whose result does not depend on the values of its first operand.
+
+    Large operands are not read: arrays of the same shape without content stand for them.
+    """
+    shapes: list[tuple[int, ...]] = [() if t is None else tuple(t.shape.numpy()) for t in tensors]
+    try:
+        if operation.op_type in _LATER_ARITHMETIC:
+            return [np.broadcast_shapes(*shapes)]
+        if operation.op_type in ("Cast", "Identity"):
+            return [shapes[0]]
+        stand_ins: list[Array | None] = [np.broadcast_to(np.zeros((), np.int8), shape) for shape in shapes]
+        if operation.op_type != "Concat":
+            # Axes, indices and sizes are short and count; what is moved does not.
+            stand_ins[1:] = [None if t is None else t.numpy() for t in tensors[1:]]
+    except ValueError:
+        return None
+    results = evaluate(operation, stand_ins)
+    return None if results is None else [result.shape for result in results]
+
+
 # -- shapes of operands ------------------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,7 @@ class _Synthesis:
     def __init__(self, model: ir.Model, cases: int, seed: int, shapes: Mapping[str, Sequence[int]] | None) -> None:
         self.seed = seed
         self.model = model
+        self._windows: dict[tuple[Scalar, ...], dict[int, int]] = {}
         self.inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
         self.analysis = ModelRoles(model)
         self.roles = {_name(value): self.analysis.of(value) for value in self.inputs}
@@ -214,7 +215,7 @@ class _Synthesis:
         for value in self.inputs:
             name = _name(value)
             axes[name] = _axes(value, attempt, self.given.get(name))
-            spatial = self.analysis.spatial(value, switches)
+            spatial = self._spatial(value, switches)
             for position, axis in enumerate(sorted(spatial)):
                 symbol = axes[name][axis]
                 if isinstance(symbol, str):
@@ -247,6 +248,12 @@ class _Synthesis:
             for name, found in axes.items()
         }
         return shapes, sizes
+
+    def _spatial(self, value: ir.Value, switches: Mapping[str, Scalar]) -> dict[int, int]:
+        key = (_name(value), *switches.values())
+        if key not in self._windows:
+            self._windows[key] = self.analysis.spatial(value, switches)
+        return self._windows[key]
 
     def _given_sizes(self, axes: Mapping[str, Sequence[int | str]]) -> dict[str, int]:
         sizes: dict[str, int] = {}
@@ -317,14 +324,10 @@ class _Maker:
         length = self.shape[-1]
         rows = math.prod(self.shape[:-1])
         named = bool(_MASK_NAME.search(self.name))
-        lengths = self.rng.integers(1, max(length, 1) + 1, size=rows)
-        if named and not _IGNORE_MASK_NAME.search(self.name):
-            if rows > 1:
-                lengths[0] = length
-            elif length > 1:
-                lengths[:] = self.rng.integers((length + 1) // 2, length)
-        else:  # which of 0 and 1 means "leave out" is unknown: both in every row
-            lengths = np.minimum(lengths, max(length - 1, 1))
+        lengths = self.rng.integers(1, max(length, 2), size=rows)  # at least one 0, too
+        # Unless the name tells which of 0 and 1 means "leave out", every row holds both.
+        if named and not _IGNORE_MASK_NAME.search(self.name) and rows > 1:
+            lengths[0] = length
         kept = np.arange(length) < lengths[:, None]
         if _IGNORE_MASK_NAME.search(self.name):
             kept = ~kept

@@ -136,6 +136,10 @@ class ShapeValues:
         except OverflowError:
             return None
 
+    def learn(self, value: ir.Value, array: np.ndarray[Any, Any]) -> None:
+        """Take note of a value that was computed elsewhere."""
+        self._known[value] = array.astype(object)
+
     def _compute(self, value: ir.Value) -> None:
         self._known[value] = None
         tensor = graphs.constant_tensor(value)

@@ -8,7 +8,7 @@ knows less the declaration stays, for estimates, and ``trusted_shape`` gives onl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 
 import onnx
 import onnx_ir as ir
@@ -22,6 +22,8 @@ ShapeInference = Callable[[ir.Model], None]
 # Tensors up to this size go into the inference: they may be shapes, axes or sizes.
 _SMALL_BYTES = 1024
 _TRUSTED = "graphopt.trusted_shape"
+_GENERATION = "graphopt.shape_inferences"
+_MADE_UP = "unk__"
 # Names that exporters write where they know none: two such axes need not be equal.
 _PLACEHOLDERS = frozenset({"", "?", "-1", "None", "none", "null", "unk", "unknown", "dynamic", "Dynamic", "*"})
 
@@ -38,7 +40,14 @@ def infer_shapes(model: ir.Model) -> None:
                 for value in node.outputs:
                     _write_back(value, None)
         return
-    _read_graph(model.graph, inferred.graph, main=True)
+    # Names that inference makes up start anew each time; those of an earlier time must not look the same.
+    generation = model.meta[_GENERATION] = model.meta.get(_GENERATION, 0) + 1
+    _Reader(f"unk__{generation}_").graph(model.graph, inferred.graph, main=True)
+
+
+def is_known(shape: ir.Shape | None) -> bool:
+    """Whether every axis has a number or a name."""
+    return shape is not None and all(isinstance(d, int) or d.value is not None for d in shape)
 
 
 def trusted_shape(value: ir.Value) -> ir.Shape | None:
@@ -135,46 +144,62 @@ def _write_tensor(proto: onnx.TensorProto, tensor: ir.TensorProtocol, name: str)
 # -- what came of it ---------------------------------------------------------------------------------------------------
 
 
-def _read_graph(graph: ir.Graph, proto: onnx.GraphProto, *, main: bool) -> None:
-    found: dict[str, onnx.TypeProto] = {info.name: info.type for info in proto.value_info}
-    found.update((info.name, info.type) for info in proto.output)
-    if not main:
-        inputs: Mapping[str, onnx.TypeProto] = {info.name: info.type for info in proto.input}
-        _read_values(graph.inputs, inputs)
-    for index, node in enumerate(graph):
-        _read_values(node.outputs, found)
-        if graphs.has_subgraphs(node):
-            bodies = {a.name: a.g for a in proto.node[index].attribute if a.type == onnx.AttributeProto.GRAPH}
-            for name, attribute in node.attributes.items():
-                if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
-                    _read_graph(attribute.as_graph(), bodies[name], main=False)
+class _Reader:
+    """Writes inferred types and shapes into a model.
+
+    Args:
+        prefix: Of the names that inference made up for axes.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def graph(self, graph: ir.Graph, proto: onnx.GraphProto, *, main: bool) -> None:
+        found: dict[str, onnx.TypeProto] = {info.name: info.type for info in proto.value_info}
+        found.update((info.name, info.type) for info in proto.output)
+        if not main:
+            inputs = {info.name: info.type for info in proto.input}
+            for value in graph.inputs:
+                _write_back(value, *self.read(inputs.get(value.name or "")))
+        for index, node in enumerate(graph):
+            for value in node.outputs:
+                _write_back(value, *self.read(found.get(value.name or "")))
+            if graphs.has_subgraphs(node):
+                bodies = {a.name: a.g for a in proto.node[index].attribute if a.type == onnx.AttributeProto.GRAPH}
+                for name, attribute in node.attributes.items():
+                    if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
+                        self.graph(attribute.as_graph(), bodies[name], main=False)
+
+    def read(self, proto: onnx.TypeProto | None) -> tuple[onnx.TypeProto | None, ir.Shape | None]:
+        """A type as it was inferred, and its shape where it is a tensor's."""
+        if proto is None or not proto.HasField("tensor_type"):
+            return proto, None
+        tensor = proto.tensor_type
+        if not tensor.HasField("shape"):
+            return proto, None
+        dims: list[int | str | None] = []
+        for axis in tensor.shape.dim:
+            kind = axis.WhichOneof("value")
+            name = axis.dim_param
+            if kind == "dim_value":
+                dims.append(axis.dim_value)
+            elif name.startswith(_MADE_UP):
+                dims.append(self.prefix + name[len(_MADE_UP) :])
+            else:
+                dims.append(name or None)
+        return proto, ir.Shape(dims)
 
 
-def _read_values(values: Iterable[ir.Value], found: Mapping[str, onnx.TypeProto]) -> None:
-    for value in values:
-        _write_back(value, found.get(value.name or ""))
-
-
-def _write_back(value: ir.Value, type_: onnx.TypeProto | None) -> None:
-    inferred: ir.Shape | None = None
-    if type_ is not None:
-        if value.type is None:
-            value.type = ir.serde.deserialize_type_proto_for_type(type_)
-        if type_.HasField("tensor_type") and type_.tensor_type.HasField("shape"):
-            inferred = _shape(type_.tensor_type.shape)
+def _write_back(value: ir.Value, type_: onnx.TypeProto | None, inferred: ir.Shape | None = None) -> None:
+    if value.type is None and type_ is not None:
+        value.type = ir.serde.deserialize_type_proto_for_type(type_)
     declared = value.shape
     if value.is_graph_output() or (declared is not None and (inferred is None or _says_more(declared, inferred))):
         value.meta[_TRUSTED] = inferred
-        if declared is None and value.producer() is not None and not value.is_graph_output():
-            value.shape = inferred
         return
     value.meta.pop(_TRUSTED, None)
     if inferred is not None:
         value.shape = inferred
-
-
-def _shape(proto: onnx.TensorShapeProto) -> ir.Shape:
-    return ir.Shape([d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in proto.dim])
 
 
 def _says_more(declared: ir.Shape, inferred: ir.Shape) -> bool:

@@ -85,7 +85,8 @@ def test_an_encoder_gets_ids_masks_segments_and_positions() -> None:
         assert set(np.unique(mask)) <= {0, 1}
         assert np.all(mask.sum(axis=1) >= 1)
         assert np.all(np.diff(mask, axis=1) <= 0), "the padding is on the right"
-    assert any((feed["attention_mask"] == 0).any() for feed in feeds)
+        assert (mask == 0).any()
+    assert feeds[0]["attention_mask"][0].all(), "where there are several rows, one is full"
 
 
 def test_the_same_seed_gives_the_same_feeds_and_another_others() -> None:

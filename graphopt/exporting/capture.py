@@ -88,24 +88,35 @@ def _export_program(example: Example, name: str, torch: Any) -> tuple[Any, Any]:
         key: {axis: dims[symbol] for axis, symbol in example.axes.get(key, {}).items()} or None
         for key in example.inputs
     }
+    deferred = False
     # The module may bound an axis (positions: 512 at most); torch then says by what, once for each bound.
-    for _ in range(len(symbols) + 1):
+    for _ in range(len(symbols) + 2):
         try:
             program = torch.export.export(
-                example.module, (), kwargs=example.inputs, dynamic_shapes=shapes, strict=False
+                example.module,
+                (),
+                kwargs=example.inputs,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=deferred,
             )
             return program, shapes
         except torch._dynamo.exc.UserError as error:
-            refined = _refine(str(error), shapes, name)
-            if refined is None:
+            refined = _refine(str(error), shapes, symbols, name)
+            if refined is not None:
+                shapes = refined
+            elif not deferred and "Constraints violated" in str(error):
+                # A size that no range can leave out (a convolution's output of 1). The comparison runs at the
+                # smallest sizes, where that shows.
+                deferred = True
+            else:
                 raise _torch_error(error, name) from error
-            shapes = refined
         except Exception as error:
             raise _torch_error(error, name) from error
     raise GraphoptError("torch.export found no range that the dynamic axes may have", where=name)
 
 
-def _refine(text: str, shapes: Any, name: str) -> Any | None:
+def _refine(text: str, shapes: Any, symbols: list[str], name: str) -> Any | None:
     """The shapes that torch suggests, or None where it suggests none. Raises where it would fix an axis."""
     from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
@@ -123,11 +134,12 @@ def _refine(text: str, shapes: Any, name: str) -> Any | None:
                 where=name,
                 hint=f"take {symbol!r} out of dynamic_axes, or remove what depends on its size from forward",
             )
-        if not value.startswith("Dim("):
+        tied = set(re.findall(r"[A-Za-z_]\w*", value)) & set(symbols) - {symbol}
+        if tied and not value.startswith("Dim("):
             raise BadInput(
                 f"the module ties the dynamic axis {symbol!r} to {value}",
                 where=name,
-                hint="give tied axes one symbol; other relations cannot be said in dynamic_axes",
+                hint="give axes of the same size one symbol; other ties cannot be said in dynamic_axes",
             )
     try:
         return refine_dynamic_shapes_from_suggested_fixes(f"{head}Suggested fixes:\n" + "\n".join(block), shapes)
@@ -200,7 +212,13 @@ def _output_names(program: Any) -> list[str]:
     spec = program.call_spec.out_spec
     leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     paths, _ = pytree.tree_flatten_with_path(leaves)
-    names = ["_".join(_key(entry) for entry in path) for path, _ in paths]
+    # What is no tensor (None, a number) has no output in ONNX; what is written to a buffer is none of the module's.
+    returned = [out for out in program.graph_signature.output_specs if out.kind.name == "USER_OUTPUT"]
+    names = [
+        "_".join(_key(entry) for entry in path)
+        for (path, _), out in zip(paths, returned, strict=True)
+        if type(out.arg).__name__ == "TensorArgument"
+    ]
     if names == [""]:
         return ["output"]
     return [f"output_{name}" if name.replace("_", "").isdigit() else name for name in names]

@@ -200,19 +200,18 @@ def _kind(value: object) -> str:
 def _in_forward_order(module: torch.nn.Module, inputs: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     parameters = inspect.signature(module.forward).parameters
     forward = f"{type(module).__name__}.forward"
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters.values()):
         raise BadInput(f"{forward} has a positional-only parameter", where=name, hint="wrap the module")
     unknown = [key for key in inputs if key not in named]
-    if unknown and not takes_any:
+    if unknown:
         near = difflib.get_close_matches(str(unknown[0]), named, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(named) or 'nothing'}"
+        hint = f"did you mean {near[0]!r}?" if near else f"it names {', '.join(named) or 'none'}"
         raise BadInput(f"example input {unknown[0]!r} is not a parameter of {forward}", where=name, hint=hint)
     missing = [key for key, p in named.items() if p.default is p.empty and key not in inputs]
     if missing:
         raise BadInput(f"{forward} needs {_listed(missing)}, which example_inputs lacks", where=name)
-    return {key: inputs[key] for key in [*(k for k in named if k in inputs), *unknown]}
+    return {key: inputs[key] for key in named if key in inputs}
 
 
 def _listed(names: list[str]) -> str:

@@ -89,14 +89,14 @@ def export(
     name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", "factory")
     with quiet(not verbose):
         example = call_factory(load_factory(factory) if isinstance(factory, str) else factory, name)
-        expected = run_example(example, name)
+        expected, changes = run_example(example, name)
         captured = capture(example, name, opset=opset, verbose=verbose)
-        notes = example.notes + tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
+        notes = example.notes + changes + tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
         cases, more = make_cases(example, expected, captured.bounds, name)
     notes += more + [
-        f"{symbol!r} goes from {low} to {high}: the module's own limit"
+        f"{symbol!r} is {low} {'or more' if high is None else f'to {high}'}: the module's own limit"
         for symbol, (low, high) in captured.bounds.items()
-        if high is not None
+        if high is not None or low > 1
     ]
     model = captured.model
     staged = stage_model(model, path)

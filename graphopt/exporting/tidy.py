@@ -194,12 +194,10 @@ def _weight_arithmetic(graph: ir.Graph, weights: Set[str]) -> list[str]:
     kept = [
         node for node in graph.all_nodes() if node.op_type != "Constant" and _depends_on_weights_alone(node, weights)
     ]
-    if not kept:
+    if all(node.op_type in _LAYOUT_ONLY for node in kept):  # a shared weight, transposed for one of its uses
         return []
     sources = {value.name or "" for node in kept for value in node.inputs if value and value.name in weights}
     named = ", ".join(sorted(sources)[:4]) + (", …" if len(sources) > 4 else "")
     operators = ", ".join(sorted({node.op_type for node in kept}))
-    return [
-        f"{len(kept)} node{'s' * (len(kept) > 1)} ({operators}) compute on weights alone ({named}): kept, since"
-        " folding would erase this structure"
-    ]
+    count = f"{len(kept)} nodes compute" if len(kept) > 1 else "1 node computes"
+    return [f"{count} on weights alone ({operators} of {named}): kept, since folding would erase this structure"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 import re
@@ -28,9 +29,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import xxhash
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from graphopt import graphs
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.files.external import byte_count
 from graphopt.files.load import EXTERNAL
 
 # Protobuf messages end at 2 GiB; this leaves room for the graph itself.
@@ -134,10 +137,10 @@ class StagedSave:
 
     def write(self, model: ir.Model) -> None:
         """Write ``model`` into the hidden folder; it is the same model afterwards. Called once, by `stage_model`."""
-        slots = list(_slots(model))
-        if _embeds(model, slots):
+        if _embeds(model):
             _write_file(self.staged_path, _serialise(model, self._target), self._target)
             return
+        slots = list(_slots(model))
         outside = [slot for slot in slots if _goes_outside(slot)]
         written = _write_data(self._staging, outside, self._target) if outside else None
         replaced: list[_Slot] = []
@@ -262,22 +265,44 @@ def _attribute_slot(node: ir.Node, attribute: ir.Attr, index: int | None) -> _Sl
     return _Slot(tensor.name or name, tensor, False, get, put)
 
 
-def _embeds(model: ir.Model, slots: list[_Slot]) -> bool:
+def _embeds(model: ir.Model) -> bool:
     """Whether the weights go into the .onnx: as the input had them, as long as they fit."""
     if EXTERNAL in model.graph.meta:
         return False
     total = 0
-    for slot in slots:
-        if isinstance(slot.tensor, ir.ExternalTensor):
+    for tensor in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
             return False
-        if slot.tensor.dtype is not ir.DataType.STRING:
-            total += slot.tensor.nbytes
+        total += _size(tensor)
     return total <= EMBED_LIMIT
+
+
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Every tensor in a model, wherever it is."""
+    for graph in graphs.all_graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type is ir.AttributeType.TENSOR and not attribute.is_ref():
+                    yield attribute.as_tensor()
+                elif attribute.type is ir.AttributeType.TENSORS and not attribute.is_ref():
+                    yield from attribute.as_tensors()
+
+
+def _size(tensor: ir.TensorProtocol) -> int:
+    """The bytes of a tensor; those of strings do not count, they are never many."""
+    if tensor.dtype is ir.DataType.STRING:
+        return 0
+    if isinstance(tensor, ir.serde.TensorProtoTensor):  # its .nbytes builds a shape object first
+        return byte_count(tensor.raw.data_type, math.prod(tensor.raw.dims))
+    return tensor.nbytes
 
 
 def _goes_outside(slot: _Slot) -> bool:
     """Strings cannot be external; constants in attributes are only where they were (runtimes differ about them)."""
-    if slot.tensor.dtype is ir.DataType.STRING or slot.tensor.nbytes < INLINE_BYTES:
+    if _size(slot.tensor) < INLINE_BYTES:
         return False
     return slot.is_initializer or isinstance(slot.tensor, ir.ExternalTensor)
 
@@ -433,10 +458,11 @@ def _serialise(model: ir.Model, target: Path) -> bytes:
         if isinstance(cause, (GraphoptError, OSError)):
             raise cause from None
         first = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        large = isinstance(cause, EncodeError)
         raise GraphoptError(
-            f"the model cannot be written as ONNX: {first}",
+            "more than the 2 GB that an .onnx file can hold" if large else f"cannot be written as ONNX: {first}",
             where=str(target),
-            hint="an .onnx file ends at 2 GB: constants in node attributes belong in initializers",
+            hint="large constants in node attributes belong in initializers" if large else None,
         ) from error
 
 

@@ -197,7 +197,8 @@ def run(
     specs = session.get_inputs()
     check_feeds([(spec.name, spec.type, spec.shape) for spec in specs], feeds)
     wanted = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
-    raw_outputs = any(_raw_type(output.type) for output in session.get_outputs() if output.name in wanted)
+    asked = frozenset(wanted)
+    raw_outputs = any(_raw_type(output.type) for output in session.get_outputs() if output.name in asked)
     arrays = {spec.name: _as_array(feeds[spec.name]) for spec in specs}
     try:
         if raw_outputs or any(_is_raw(array) for array in arrays.values()):

@@ -15,6 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.evaluate import Operation
+from graphopt.evaluate import evaluate as evaluate_operation
 from graphopt.verification.tolerance import is_float
 
 Array = np.ndarray[Any, Any]
@@ -92,16 +94,20 @@ def run_nodes(nodes: Sequence[ir.Node], environment: Environment, model: ir.Mode
     remaining: Counter[ir.Value] = Counter(value for node in nodes for value in _reads(node))
     kept = set(keep)
     for node in nodes:
+        if node.op_type == "Constant" and graphs.is_constant(node.outputs[0]):
+            continue  # read where it is used
         for value, array in zip(node.outputs, run_node(node, environment, model), strict=False):
             environment[value] = array
-        for value in set(_reads(node)):
-            remaining[value] -= sum(1 for v in _reads(node) if v is value)
+        for value in _reads(node):
+            remaining[value] -= 1
             if remaining[value] <= 0 and value not in kept and value.producer() is not None:
                 environment.pop(value, None)
 
 
 def run_node(node: ir.Node, environment: Environment, model: ir.Model) -> list[Any]:
     """The outputs of one node in float64."""
+    if node.domain == "" and node.op_type == "Gather" and graphs.is_constant(node.inputs[0]):
+        return [_gather_constant(node, environment)]
     inputs = [None if value is None else _read(value, environment) for value in node.inputs]
     if node.domain == "" and node.op_type == "If":
         body = node.attributes["then_branch" if bool(np.asarray(inputs[0]).reshape(())) else "else_branch"].as_graph()
@@ -119,7 +125,21 @@ def run_node(node: ir.Node, environment: Environment, model: ir.Model) -> list[A
             raise NotExact(f"{node.op_type} {node.name}: {error}") from error
         if result is not None:
             return result if isinstance(result, list) else [result]
+        if node.op_type != "Cast" and not any(isinstance(array, list) for array in inputs):
+            exactly = evaluate_operation(Operation.of(node, graphs.opset(model)), inputs)
+            if exactly is not None:
+                return [widen(array) for array in exactly]
     return _by_onnx(node, inputs, model)
+
+
+def _gather_constant(node: ir.Node, environment: Environment) -> Any:
+    """Gather from a constant: only the rows that are taken are widened (an embedding table is large)."""
+    data, indices = graphs.constant_array(node.inputs[0]), node.inputs[1]
+    assert data is not None and indices is not None
+    try:
+        return widen(np.take(data, _read(indices, environment), node.attributes.get_int("axis", 0)))
+    except (IndexError, ValueError) as error:
+        raise NotExact(f"Gather {node.name}: {error}") from error
 
 
 def _reads(node: ir.Node) -> list[ir.Value]:

@@ -53,9 +53,13 @@ def judge(shadow: Shadow, make_feeds: MakeFeeds, *, custom_ops: Path | None = No
     alive = {value for node in shadow.model.graph for value in node.outputs}
     alive.update(shadow.model.graph.inputs)
     alive.update(shadow.model.graph.initializers.values())
+
+    def _visible(value: ir.Value) -> bool:
+        return value in alive or value in surface.added
+
     for pair in shadow.pairs:
         original, replacement = surface.bring_out(pair.original), surface.bring_out(pair.replacement)
-        if original is None or replacement is None or not {original, replacement} <= alive | surface.added:
+        if original is None or replacement is None or not _visible(original) or not _visible(replacement):
             unchecked[pair.application.key] = None
             continue
         boundary: dict[ir.Value, ir.Value] = {}
@@ -68,7 +72,8 @@ def judge(shadow: Shadow, make_feeds: MakeFeeds, *, custom_ops: Path | None = No
 
     wanted = dict.fromkeys(v for _, o, r, b in shown for v in (o, r, *b.values()) if v.producer() is not None)
     session = session_for(shadow.model, custom_ops=custom_ops, outputs=list(wanted))
-    given = make_feeds(shadow.model, lambda case: run_case(session, narrow_feeds([case], preparation)[0]))
+    own = [value.name or "" for value in shadow.model.graph.outputs]
+    given = make_feeds(shadow.model, lambda case: run_case(session, narrow_feeds([case], preparation)[0], own))
     feeds = narrow_feeds(given, preparation)
     reference = make_reference(shadow.model, feeds, custom_ops=custom_ops, session=session, preparation=preparation)
     verdict = Judgement(reference, unchecked=list(unchecked))

@@ -97,17 +97,17 @@ def is_known(node: ir.Node, model: ir.Model) -> bool:
 
 
 def _needs_twin(model: ir.Model) -> bool:
-    """Whether some node takes a narrow float that no CPU kernel of its operator takes."""
+    """Whether some node takes or gives a narrow float for which its operator has no CPU kernel."""
     for node in graphs.all_nodes(model):
-        if node.domain != "":
-            continue
-        types = _kernels().get(("", node.op_type))
-        if not types:
-            continue
         for value in (*node.inputs, *node.outputs):
-            dtype = None if value is None else value.dtype
-            if dtype in NARROW and f"tensor({_ort_name(dtype)})" not in types:
-                return True
+            kind = None if value is None else value.type
+            # Nearly every value is of one of two types; the set of narrow ones is asked only for the others.
+            if kind is None or kind.dtype is ir.DataType.FLOAT or kind.dtype is ir.DataType.INT64:
+                continue
+            if kind.dtype in NARROW and node.domain == "":
+                types = _kernels().get(("", node.op_type))
+                if types and f"tensor({_ort_name(kind.dtype)})" not in types:
+                    return True
     return False
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.evaluate import slice_bounds
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
-from graphopt.shapes import trusted_shape
+from graphopt.shapes import is_known, trusted_shape
 
 # Constants that say what a node does (axes, pads, repeats) are short; longer ones are not looked into.
 _SMALL = 64
@@ -137,11 +137,7 @@ def _keeps_shape(node: ir.Node, opset: int) -> bool:
     if node.op_type == "Reshape" and _copies_every_axis(node, before):
         return True
     after = trusted_shape(node.outputs[0])
-    return after is not None and _all_known(before) and _all_known(after) and before == after
-
-
-def _all_known(shape: ir.Shape) -> bool:
-    return all(isinstance(d, int) or d.value is not None for d in shape)
+    return after is not None and is_known(before) and is_known(after) and before == after
 
 
 def _copies_every_axis(node: ir.Node, shape: ir.Shape) -> bool:
@@ -182,10 +178,10 @@ def _slice(node: ir.Node, opset: int) -> bool:
         axes = list(node.attributes["axes"].as_ints()) if "axes" in node.attributes else list(range(len(starts)))
         steps = [1] * len(starts)
     else:
-        given = (_ints(node, 1), _ints(node, 2))
-        if given[0] is None or given[1] is None:
+        first, last = _ints(node, 1), _ints(node, 2)
+        if first is None or last is None:
             return False
-        starts, stops = given
+        starts, stops = first, last
         read = list(range(len(starts))) if _absent(node, 3) else _ints(node, 3)
         steps = [1] * len(starts) if _absent(node, 4) else _ints(node, 4)
         if read is None or steps is None:

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.rewrite import Context
+from graphopt.shapes import trusted_shape
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 
@@ -18,6 +19,9 @@ EPS = {
     ir.DataType.DOUBLE: 2.0**-52,
 }
 
+# onnx's shape inference invents names that begin like this.
+INVENTED = "unk__"
+
 # Above this a folded weight is computed when it is saved, not while rewriting: one tensor in memory at a time.
 LAZY_BYTES = 1 << 20
 
@@ -28,6 +32,18 @@ def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     if node is None or node.op_type not in op_types or node.domain != "" or node.outputs[0] is not value:
         return None
     return node
+
+
+def rank_of(value: ir.Value | None) -> int | None:
+    """The number of axes of a value, where it follows from the model's inputs and weights."""
+    shape = None if value is None else trusted_shape(value)
+    return None if shape is None else len(shape)
+
+
+def sizes_of(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The sizes of all axes of a value, where they follow from the model's inputs and weights and are numbers."""
+    shape = None if value is None else trusted_shape(value)
+    return shape.numpy() if shape is not None and shape.is_static() else None
 
 
 def int_attribute(node: ir.Node, name: str, default: int) -> int | None:
@@ -73,7 +89,7 @@ def scalar_beside(value: ir.Value | None, other: ir.Value | None) -> float | Non
     axes = len(tensor.shape)
     if axes == 0:
         return number
-    known = graphs.rank(other)
+    known = rank_of(other)
     return number if known is not None and axes <= known else None
 
 
@@ -129,7 +145,6 @@ def import_domain(ctx: Context, graph: ir.Graph | ir.Function | None, domain: st
     for function in ctx.model.functions.values():
         if any(graph is inner for inner in graphs.nested_graphs(function.graph)):
             function.opset_imports.setdefault(domain, 1)
-            # A function's imports must agree with the model's.
     ctx.model.graph.opset_imports.setdefault(domain, 1)
 
 

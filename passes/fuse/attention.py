@@ -8,9 +8,18 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.passes.fuse._dims import Term, Terms, reshape_of, size_of, sizes_of
-from graphopt.passes.fuse._match import import_domain, int_attribute, made_by, permutation, scalar_beside, split_scalar
+from graphopt.passes.fuse._match import (
+    import_domain,
+    int_attribute,
+    made_by,
+    permutation,
+    rank_of,
+    scalar_beside,
+    split_scalar,
+)
+from graphopt.passes.fuse._sizes import Sizes, reshape_of
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
+from graphopt.shape_values import Element
 
 _BIAS = 1 << 20
 
@@ -41,8 +50,8 @@ class _Heads:
     """[batch, length, heads * size] split into heads: ``source`` before, the number and size of heads after."""
 
     source: ir.Value
-    batch: Term
-    length: Term
+    batch: Element
+    length: Element
     heads: int
     size: int
 
@@ -65,6 +74,10 @@ class FuseAttention(RulePass):
     )
     roots = ("Softmax",)
 
+    def apply(self, ctx: Context) -> None:
+        self._sizes = Sizes(ctx.opset)
+        super().apply(ctx)
+
     def rewrite(self, node: ir.Node, ctx: Context) -> bool:
         try:
             return self._rewrite(node, ctx)
@@ -74,17 +87,20 @@ class FuseAttention(RulePass):
             return False
 
     def _rewrite(self, node: ir.Node, ctx: Context) -> bool:
+        sizes = self._sizes
         product, values, guarded = _weighted(node)
-        scores = _scores(node)
-        merged, terms = _merged(product)
+        scores = _scores(node, sizes)
+        merged, together = _merged(product, sizes)
         if merged.dtype is not ir.DataType.FLOAT:
             raise _No("attention in another dtype than float32")
-        q, k, v = _heads(scores.queries, False), _heads(scores.keys, scores.keys_transposed), _heads(values, False)
+        q = _heads(scores.queries, False, sizes)
+        k = _heads(scores.keys, scores.keys_transposed, sizes)
+        v = _heads(values, False, sizes)
         if not q.heads == k.heads == v.heads or not q.batch == k.batch == v.batch:
             raise _No("q, k and v do not have the same batch and heads")
         if k.length != v.length or q.size != k.size:
             raise _No("k and v are not of one length, or q and k not of one size")
-        if terms != (q.batch, q.length, q.heads * v.size):
+        if together != (q.batch, q.length, q.heads * v.size):
             raise _No("the heads are not provably merged into [batch, queries, heads * size]")
         if scores.scale == 0 or not np.isfinite(scores.scale):
             raise _No(f"a scale of {scores.scale}")
@@ -93,7 +109,7 @@ class FuseAttention(RulePass):
         if scores.mask is not None:
             if guarded and not _finite(scores.mask):
                 raise _No("the mask may be infinite over a whole row, which the guard makes zeros")
-            mask = _mask(scores.mask, q, k, nodes, ctx)
+            mask = _mask(scores.mask, q, k, nodes, sizes, ctx)
         sources, bias = _biases((q, k, v), ctx)
         attention = ctx.node(
             "MultiHeadAttention",
@@ -109,16 +125,20 @@ class FuseAttention(RulePass):
         return True
 
 
-def _sole(value: ir.Value, *op_types: str) -> ir.Node:
-    node = graphs.sole_consumer(value)
-    if node is None or node.domain != "" or node.op_type not in op_types:
+def _sole(value: ir.Value, op_type: str) -> ir.Node:
+    """The one node that reads a value, besides those that ask for its shape.
+
+    If those outlive the pattern, the old nodes stay and the cost check refuses.
+    """
+    readers = [use.node for use in value.uses() if use.node.op_type != "Shape"]
+    if len(readers) != 1 or value.is_graph_output() or readers[0].domain != "" or readers[0].op_type != op_type:
         raise _No
-    return node
+    return readers[0]
 
 
 def _weighted(softmax: ir.Node) -> tuple[ir.Value, ir.Value, bool]:
     """What the probabilities are multiplied with: the product, the values, and whether NaN is replaced by 0 before."""
-    known = graphs.rank(softmax.outputs[0]) or graphs.rank(softmax.inputs[0])
+    known = rank_of(softmax.outputs[0]) or rank_of(softmax.inputs[0])
     # Before opset 13 Softmax flattened all axes from the given one on; with the last axis both mean the same.
     axis = int_attribute(softmax, "axis", -1)
     if known not in (None, 4) or axis is None or (axis != -1 and (known is None or axis != known - 1)):
@@ -143,7 +163,7 @@ def _weighted(softmax: ir.Node) -> tuple[ir.Value, ir.Value, bool]:
     return product.outputs[0], values, guarded
 
 
-def _scores(softmax: ir.Node) -> _Scores:
+def _scores(softmax: ir.Node, sizes: Sizes) -> _Scores:
     current = softmax.inputs[0]
     mask = None
     added = made_by(current, "Add")
@@ -160,7 +180,7 @@ def _scores(softmax: ir.Node) -> _Scores:
     keys, by_keys = _unscaled(product.inputs[1])
     scale *= by_queries * by_keys
     assert queries is not None and keys is not None
-    swapped = _swapped(keys)
+    swapped = _swapped(keys, sizes)
     if swapped is not None:
         keys, again = _unscaled(swapped)
         assert keys is not None
@@ -188,27 +208,29 @@ def _unscaled(value: ir.Value | None) -> tuple[ir.Value | None, float]:
     return split[0], 1.0 / split[1]
 
 
-def _swapped(value: ir.Value) -> ir.Value | None:
+def _swapped(value: ir.Value, sizes: Sizes) -> ir.Value | None:
     """The value whose last two axes are swapped here, by one Transpose or by way of three axes; None: neither."""
     swap = made_by(value, "Transpose")
     if swap is not None:
         return swap.inputs[0] if permutation(swap) == (0, 1, 3, 2) else None
-    outer = reshape_of(value)
+    outer = reshape_of(sizes, value)
     swap = made_by(outer[0], "Transpose") if outer is not None else None
     if outer is None or swap is None or permutation(swap) != (0, 2, 1):
         return None
-    inner = reshape_of(swap.inputs[0])
+    inner = reshape_of(sizes, swap.inputs[0])
     source = inner[0] if inner is not None else None
-    sizes = sizes_of(source)
-    if source is None or sizes is None or len(sizes) != 4:
+    axes = sizes.all(source)
+    if inner is None or axes is None or len(axes) != 4:
         return None
     # [a, b, c, d] -> [a b, c, d] -> [a b, d, c] -> [a, b, d, c]
-    flat = sizes_of(swap.inputs[0]) if inner is None else inner[1]
-    wanted = (sizes[0], sizes[1], sizes[3], sizes[2])
-    return source if flat is not None and len(flat) == 3 and flat[1:] == sizes[2:] and outer[1] == wanted else None
+    return source if len(inner[1]) == 3 and inner[1][1:] == axes[2:] and outer[1] == _last_swapped(axes) else None
 
 
-def _merged(product: ir.Value) -> tuple[ir.Value, Terms]:
+def _last_swapped(axes: tuple[Element, ...]) -> tuple[Element, ...]:
+    return (*axes[:-2], axes[-1], axes[-2])
+
+
+def _merged(product: ir.Value, sizes: Sizes) -> tuple[ir.Value, tuple[Element, ...]]:
     """The value in which the heads stand side by side again, and its sizes."""
     transpose = _sole(product, "Transpose")
     if permutation(transpose) != (0, 2, 1, 3):
@@ -216,30 +238,30 @@ def _merged(product: ir.Value) -> tuple[ir.Value, Terms]:
     reshape = _sole(transpose.outputs[0], "Reshape")
     if reshape.inputs[0] is not transpose.outputs[0] or reshape.graph is not product.graph:
         raise _No
-    found = reshape_of(reshape.outputs[0])
+    found = reshape_of(sizes, reshape.outputs[0])
     if found is None:
         raise _No("the heads are merged into a shape that is not known")
     return reshape.outputs[0], found[1]
 
 
-def _heads(value: ir.Value, transposed: bool) -> _Heads:
+def _heads(value: ir.Value, transposed: bool, sizes: Sizes) -> _Heads:
     transpose = made_by(value, "Transpose")
     if transpose is None or permutation(transpose) != ((0, 2, 3, 1) if transposed else (0, 2, 1, 3)):
         raise _No
-    found = reshape_of(transpose.inputs[0])
+    found = reshape_of(sizes, transpose.inputs[0])
     if found is None:
         raise _No("the heads are split into a shape that is not known")
-    source, terms = found
-    if graphs.rank(source) != 3 or len(terms) != 4:
+    source, split = found
+    before = sizes.all(source)
+    if before is None or len(before) != 3 or len(split) != 4:
         raise _No("the heads are not split from [batch, length, heads * size]")
-    batch, length, width = (size_of(source, axis) for axis in range(3))
-    heads, size = terms[2], terms[3]
-    if not isinstance(heads, int) or not isinstance(size, int) or heads * size == 0 or width != heads * size:
-        raise _No(f"{heads} heads of {size} do not make the width {width}")
+    heads, size = split[2], split[3]
+    if not isinstance(heads, int) or not isinstance(size, int) or heads * size == 0 or before[2] != heads * size:
+        raise _No("the number and size of heads do not provably make the width")
     # With the width accounted for, one equal axis makes the other equal too.
-    if terms[0] != batch and terms[1] != length:
+    if split[0] != before[0] and split[1] != before[1]:
         raise _No("batch and length are not provably left as they are")
-    return _Heads(source, batch, length, heads, size)
+    return _Heads(source, split[0], split[1], heads, size)
 
 
 def _finite(mask: ir.Value) -> bool:
@@ -255,24 +277,25 @@ def _finite(mask: ir.Value) -> bool:
     return all(number is not None and np.isfinite(number) for number in numbers)
 
 
-def _mask(mask: ir.Value, q: _Heads, k: _Heads, nodes: list[ir.Node], ctx: Context) -> ir.Value:
+def _mask(mask: ir.Value, q: _Heads, k: _Heads, nodes: list[ir.Node], sizes: Sizes, ctx: Context) -> ir.Value:
     """The mask with four axes, and with one row for each query, as the operator wants it."""
-    sizes = sizes_of(mask)
-    if mask.dtype is not ir.DataType.FLOAT or sizes is None or len(sizes) > 4 or len(sizes) < 2:
+    axes = sizes.all(mask)
+    if mask.dtype is not ir.DataType.FLOAT or axes is None or not 2 <= len(axes) <= 4:
         raise _No("a mask whose type or rank is not known")
-    sizes = (1,) * (4 - len(sizes)) + sizes
-    if sizes[0] not in (1, q.batch) or sizes[1] not in (1, q.heads) or sizes[3] != k.length:
-        raise _No(f"a mask of {sizes} for scores of {(q.batch, q.heads, q.length, k.length)}")
-    if sizes[2] not in (1, q.length):
-        raise _No(f"a mask with {sizes[2]} rows for {q.length} queries")
-    if len(mask.shape or ()) < 4:
-        axes = ctx.constant(np.arange(4 - len(mask.shape or ()), dtype=np.int64), "axes")
+    missing = 4 - len(axes)
+    axes = (1,) * missing + axes
+    if axes[0] not in (1, q.batch) or axes[1] not in (1, q.heads) or axes[3] != k.length:
+        raise _No("the mask is not provably one number for each query and key")
+    if axes[2] not in (1, q.length):
+        raise _No("the mask does not provably have one row for each query, or one for all")
+    if missing:
         if ctx.opset < 13:
             raise _No("a mask of fewer than four axes before opset 13")
-        nodes.append(ctx.node("Unsqueeze", [mask, axes]))
+        places = ctx.constant(np.arange(missing, dtype=np.int64), "axes")
+        nodes.append(ctx.node("Unsqueeze", [mask, places]))
         mask = nodes[-1].outputs[0]
         mask.type = ir.TensorType(ir.DataType.FLOAT)
-    if sizes[2] == 1 and q.length != 1:
+    if axes[2] == 1 and q.length != 1:
         shape = ctx.node("Shape", [q.source])
         length = ctx.node("Gather", [shape.outputs[0], ctx.constant(np.array([1], np.int64), "queries_axis")])
         one = ctx.constant(np.array([1], np.int64), "one")
@@ -294,7 +317,7 @@ def _biases(parts: tuple[_Heads, _Heads, _Heads], ctx: Context) -> tuple[list[ir
         node = made_by(source, "Add")
         for value, constant in (node.inputs, node.inputs[::-1]) if node is not None else ():
             array = graphs.constant_array(constant, limit=_BIAS)
-            if value is not None and array is not None and array.shape == (width,) and graphs.rank(value) == 3:
+            if value is not None and array is not None and array.shape == (width,) and rank_of(value) == 3:
                 source, bias = value, array
                 break
         sources.append(source)

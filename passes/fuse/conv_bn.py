@@ -23,6 +23,7 @@ from graphopt.passes.fuse._match import (
     float_attribute,
     int_attribute,
     made_by,
+    rank_of,
     used_once,
 )
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
@@ -157,7 +158,7 @@ def _linear(node: ir.Node) -> _Linear | str:
         channels = shape[1] * groups
         axis = 1
     else:
-        if graphs.rank(node.inputs[0]) != 2 or rank != 2:
+        if rank_of(node.inputs[0]) != 2 or rank != 2:
             return f"{node.op_type} of more than two axes: its channels are not on axis 1"
         axis = 0 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 1
         channels = shape[axis]

@@ -44,12 +44,16 @@ class FuseGelu(RulePass):
             return False
         found = _product_above(one_plus.outputs[0])
         if found is None:
-            ctx.refuse(node, "1 + erf or tanh is not multiplied by x and one half, or an intermediate value is read elsewhere")
+            ctx.refuse(
+                node, "1 + erf or tanh is not multiplied by x and one half, or an intermediate value is read elsewhere"
+            )
             return False
         x, root = found
         end = root.producer()
         if end is None or end.graph is not node.graph:
-            ctx.refuse(node, "the product stands in another graph: a body must not repeat what is computed once around it")
+            ctx.refuse(
+                node, "the product stands in another graph: a body must not repeat what is computed once around it"
+            )
             return False
         # The argument is a polynomial in x: that covers every spelling of the cube and every grouping of the constants.
         argument = node.inputs[0]

@@ -12,12 +12,14 @@ from graphopt.passes.fuse._match import (
     FLOATS,
     holds,
     made_by,
+    rank_of,
     scalar_beside,
+    sizes_of,
     split_scalar,
     suffix_axes,
-    used_once,
 )
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
+from graphopt.shapes import trusted_shape
 
 _PARAMETERS = 1 << 20
 
@@ -77,7 +79,7 @@ class FuseLayerNorm(RulePass):
         if found.x.dtype not in FLOATS or found.x.dtype is ir.DataType.DOUBLE:
             ctx.refuse(node, f"{op_type} computes in float32: not for {found.x.dtype or 'a type not known'}")
             return False
-        shape = found.x.shape
+        shape = trusted_shape(found.x)
         if shape is None or any(not isinstance(axis, int) for axis in list(shape)[-found.axes :]):
             ctx.refuse(node, f"the size of the normalised axes is not known: {shape}")
             return False
@@ -87,16 +89,14 @@ class FuseLayerNorm(RulePass):
             return False
         return self._write(node, found, op_type, sizes, ctx)
 
-    def _write(
-        self, node: ir.Node, found: _Normalised, op_type: str, sizes: tuple[int, ...], ctx: Context
-    ) -> bool:
+    def _write(self, node: ir.Node, found: _Normalised, op_type: str, sizes: tuple[int, ...], ctx: Context) -> bool:
         x, output = found.x, found.output
         gamma, beta = found.gamma, found.beta
         if gamma is None and beta is None:
             gamma, output = _parameter(output, "Mul", sizes, node)
             if found.centred:
                 beta, output = _parameter(output, "Add", sizes, node)
-        elif any(p is not None and not _covers(p, sizes, graphs.rank(x)) for p in (gamma, beta)):
+        elif any(p is not None and not _covers(p, sizes, rank_of(x)) for p in (gamma, beta)):
             ctx.refuse(node, "gamma or beta does not have the shape of the normalised axes")
             return False
         narrow = _between_casts(x, output, [p for p in (gamma, beta) if p is not None])
@@ -141,7 +141,7 @@ def _normalised(node: ir.Node) -> _Normalised | str | None:
         squared = _square_root_of(mean_square.inputs[0])
         if squared is None:
             return "the exponent is not two"
-        axes = suffix_axes(mean_square, graphs.rank(mean_square.inputs[0]))
+        axes = suffix_axes(mean_square, rank_of(mean_square.inputs[0]))
         if axes is None:
             return "the reduced axes are not the last ones, kept as axes of size one"
         output = node.outputs[0]
@@ -173,9 +173,11 @@ def _folded(node: ir.Node) -> _Normalised | None:
             mean = made_by(taken.inputs[1] if taken.inputs[0] is m else taken.inputs[0], "ReduceMean")
             if mean is None or mean.inputs[0] is not x:
                 continue
-            axes = suffix_axes(mean, graphs.rank(x))
+            axes = suffix_axes(mean, rank_of(x))
             inverse = made_by(m, "Mul")
-            choices = [(m, None)] if inverse is None else [(m, None), tuple(inverse.inputs), tuple(inverse.inputs[::-1])]
+            choices = (
+                [(m, None)] if inverse is None else [(m, None), tuple(inverse.inputs), tuple(inverse.inputs[::-1])]
+            )
             for factor, gamma in choices:
                 root = None if factor is None else _root_of(factor, True)
                 sum_ = made_by(root, "Add")
@@ -185,7 +187,7 @@ def _folded(node: ir.Node) -> _Normalised | None:
                     continue
                 squared = _square_root_of(mean_square.inputs[0])
                 centre = None if squared is None else _centred(squared)
-                if centre == (x, axes) and suffix_axes(mean_square, graphs.rank(squared)) == axes:
+                if centre == (x, axes) and suffix_axes(mean_square, rank_of(squared)) == axes:
                     return _Normalised(x, axes, split[1], True, node.outputs[0], gamma, difference.inputs[0])
     return None
 
@@ -242,7 +244,7 @@ def _centred(value: ir.Value) -> tuple[ir.Value, int] | None:
     mean = made_by(subtrahend, "ReduceMean")
     if x is None or mean is None or mean.inputs[0] is not x:
         return None
-    axes = suffix_axes(mean, graphs.rank(x))
+    axes = suffix_axes(mean, rank_of(x))
     return None if axes is None else (x, axes)
 
 
@@ -254,7 +256,7 @@ def _parameter(
     if node is None or node.op_type != op_type or node.domain != "" or node.graph is not root.graph:
         return None, value
     other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
-    if other is None or other is value or not _covers(other, sizes, graphs.rank(value)):
+    if other is None or other is value or not _covers(other, sizes, rank_of(value)):
         return None, value
     return other, node.outputs[0]
 
@@ -264,7 +266,7 @@ def _covers(parameter: ir.Value, sizes: tuple[int, ...], rank: int | None) -> bo
 
     A constant may be smaller, [1] or a scalar, since it can be spread; leading axes of size one are dropped.
     """
-    shape = graphs.static_shape(parameter)
+    shape = sizes_of(parameter)
     if shape is None or rank is None:
         return False
     if shape == sizes:
@@ -279,7 +281,7 @@ def _covers(parameter: ir.Value, sizes: tuple[int, ...], rank: int | None) -> bo
 
 def _fitted(parameter: ir.Value, sizes: tuple[int, ...], dtype: ir.DataType, ctx: Context) -> ir.Value:
     """Gamma or beta in the shape of the normalised axes and in the dtype of what is normalised."""
-    if graphs.static_shape(parameter) == sizes and parameter.dtype is dtype:
+    if sizes_of(parameter) == sizes and parameter.dtype is dtype:
         return parameter
     array = graphs.constant_array(parameter, limit=_PARAMETERS)
     assert array is not None
@@ -287,9 +289,7 @@ def _fitted(parameter: ir.Value, sizes: tuple[int, ...], dtype: ir.DataType, ctx
     return ctx.constant(np.broadcast_to(tail, sizes).astype(dtype.numpy()), parameter.name or "parameter")
 
 
-def _between_casts(
-    x: ir.Value, output: ir.Value, parameters: list[ir.Value]
-) -> tuple[ir.Value, ir.Value] | None:
+def _between_casts(x: ir.Value, output: ir.Value, parameters: list[ir.Value]) -> tuple[ir.Value, ir.Value] | None:
     """The narrow value before the Cast to float32 and the one after the Cast back, where both Casts can go.
 
     They can where gamma and beta are constants that the narrow type holds exactly: the result is then rounded to it at

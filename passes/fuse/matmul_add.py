@@ -7,8 +7,9 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.numerics.affine import all_finite
-from graphopt.passes.fuse._match import FLOATS, float_attribute, int_attribute, made_by, permutation, used_once
+from graphopt.passes.fuse._match import FLOATS, float_attribute, int_attribute, made_by, permutation, rank_of, used_once
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
+from graphopt.shapes import trusted_shape
 
 _SUM_LIMIT = 1 << 20
 
@@ -51,18 +52,19 @@ class FuseMatMulAdd(RulePass):
 
     def _matmul(self, node: ir.Node, source: ir.Node, bias: ir.Value, ctx: Context) -> bool:
         left, right = source.inputs
-        if graphs.rank(left) != 2 or graphs.rank(right) != 2:
-            ctx.refuse(node, f"ranks {graphs.rank(left)} and {graphs.rank(right)}: Gemm multiplies matrices")
+        if rank_of(left) != 2 or rank_of(right) != 2:
+            ctx.refuse(node, f"ranks {rank_of(left)} and {rank_of(right)}: Gemm multiplies matrices")
             return False
-        assert left is not None and right is not None and right.shape is not None and left.shape is not None
-        if left.dtype not in FLOATS:
+        assert left is not None and right is not None
+        rows, columns = trusted_shape(left), trusted_shape(right)
+        if left.dtype not in FLOATS or rows is None or columns is None:
             return False
-        inner = [axis for axis in (left.shape[1], right.shape[0]) if isinstance(axis, int)]
+        inner = [axis for axis in (rows[1], columns[0]) if isinstance(axis, int)]
         if not inner or min(inner) == 0:
             ctx.refuse(node, "the inner axis is empty, or its size is not known")
             return False
-        if not _fits(bias, left.shape[0], right.shape[1]):
-            ctx.refuse(node, f"a bias of shape {bias.shape} may broadcast a product of {left.shape[0]} x {right.shape[1]}")
+        if not _fits(bias, rows[0], columns[1]):
+            ctx.refuse(node, f"a bias of shape {bias.shape} may broadcast a product of {rows[0]} x {columns[1]}")
             return False
         attributes: dict[str, object] = {}
         left, flipped = _without_transpose(left)
@@ -76,15 +78,18 @@ class FuseMatMulAdd(RulePass):
 
     def _gemm(self, node: ir.Node, source: ir.Node, bias: ir.Value, ctx: Context) -> bool:
         left, right = source.inputs[:2]
-        if left is None or right is None or left.dtype not in FLOATS or left.shape is None or right.shape is None:
+        if left is None or right is None or left.dtype not in FLOATS:
+            return False
+        a, b = trusted_shape(left), trusted_shape(right)
+        if a is None or b is None or len(a) != 2 or len(b) != 2:
             return False
         beta = float_attribute(source, "beta", 1.0)
         flips = int_attribute(source, "transA", 0), int_attribute(source, "transB", 0)
         alpha = float_attribute(source, "alpha", 1.0)
         if beta is None or alpha is None or None in flips:
             return False
-        rows = left.shape[1 if flips[0] else 0]
-        columns = right.shape[0 if flips[1] else 1]
+        rows = a[1 if flips[0] else 0]
+        columns = b[0 if flips[1] else 1]
         if not _fits(bias, rows, columns):
             ctx.refuse(node, f"a bias of shape {bias.shape} may broadcast a product of {rows} x {columns}")
             return False
@@ -104,11 +109,12 @@ class FuseMatMulAdd(RulePass):
 
 def _fits(bias: ir.Value, rows: int | ir.SymbolicDim, columns: int | ir.SymbolicDim) -> bool:
     """Whether adding the bias to a product of rows x columns surely leaves the product's shape as it is."""
-    if bias.shape is None or len(bias.shape) > 2:
+    shape = trusted_shape(bias)
+    if shape is None or len(shape) > 2:
         return False
     return all(
-        axis == 1 or (isinstance(axis, int) or axis.value is not None) and axis == size
-        for axis, size in zip(reversed(list(bias.shape)), (columns, rows), strict=False)
+        axis == 1 or ((isinstance(axis, int) or axis.value is not None) and axis == size)
+        for axis, size in zip(reversed(list(shape)), (columns, rows), strict=False)
     )
 
 
@@ -116,7 +122,7 @@ def _without_transpose(value: ir.Value) -> tuple[ir.Value, bool]:
     """The matrix that a value is the transpose of, if it is one."""
     node = made_by(value, "Transpose")
     source = node.inputs[0] if node is not None else None
-    if node is None or source is None or graphs.rank(source) != 2:
+    if node is None or source is None or rank_of(source) != 2:
         return value, False
     # Without perm the axes are reversed.
     if "perm" not in node.attributes or permutation(node) == (1, 0):

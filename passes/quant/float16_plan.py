@@ -125,7 +125,7 @@ class Plan:
         if node.domain != "" or node.op_type in EITHER or any(name in _TYPED for name in node.attributes):
             return False
         values = [v for v in (*node.inputs, *node.outputs) if v is not None and (v.producer() is not node or v.name)]
-        if not all(isinstance(v.type, ir.TensorType) for v in values) or not any(_is_float(v) for v in values):
+        if not all(isinstance(v.type, ir.TensorType) for v in values):
             return False
         stash = node.attributes.get("stash_type")
         if stash is not None and (stash.is_ref() or stash.as_int() != FLOAT):
@@ -140,8 +140,10 @@ class Plan:
         followed = {port.type_name for port in read if port.takes_half}
         if node.op_type == "DequantizeLinear":
             followed.update(port.type_name for port in outputs)  # the type of the scale
-        return all(port.takes_half or port.only_float for port in read) and all(
-            port.takes_half and port.type_name in followed for port in given
+        return (
+            any(port.takes_half for port in read)
+            and all(port.takes_half or port.only_float for port in read)
+            and all(port.takes_half and port.type_name in followed for port in given)
         )
 
     def _odd_constants(self, node: ir.Node) -> bool:

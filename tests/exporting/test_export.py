@@ -103,7 +103,7 @@ def test_arithmetic_on_weights_is_kept_and_reported(tmp_path: Path) -> None:
     model = ir.load(tmp_path / "m.onnx")
     assert {"up", "down", "base.weight"} <= set(model.graph.initializers)
     assert result.notes == [
-        "2 nodes (Add, MatMul) compute on weights alone (base.weight, down, up): kept, since folding would"
+        "2 nodes compute on weights alone (Add, MatMul of base.weight, down, up): kept, since folding would"
         " erase this structure"
     ]
 
@@ -125,7 +125,53 @@ def test_a_limit_that_the_module_has(tmp_path: Path) -> None:
         {"batch": 1, "length": 3},
         {"batch": 3, "length": 6},
     ]
-    assert "'length' goes from 1 to 6: the module's own limit" in result.notes
+    assert "'length' is 1 to 6: the module's own limit" in result.notes
+
+
+class Reads(nn.Module):
+    """Returns more than tensors, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Any) -> Any:
+        self.calls.add_(1)
+        return x.sum(), None, (x * 2,)
+
+
+def test_outputs_without_axes_or_tensors_and_a_buffer_that_changes(tmp_path: Path) -> None:
+    result = export(lambda: (Reads().eval(), {"x": normal(2, 3)}, None), tmp_path / "m.onnx")
+    assert [(value.name, value.axes) for value in result.outputs] == [("output_0", []), ("output_2_0", [2, 3])]
+    assert result.notes == ["forward changes the buffer 'calls'; the ONNX never does"]
+
+
+class Pool(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+
+    def forward(self, image: Any) -> Any:
+        return self.layers(image)
+
+
+def test_a_limit_is_tried_where_torch_assumes_it_away(tmp_path: Path) -> None:
+    axes = {"image": {0: "batch", 2: "height"}}
+    result = export(lambda: (seeded(Pool()).eval(), {"image": normal(2, 3, 9, 8)}, axes), tmp_path / "m.onnx")
+    assert result.comparison[1].sizes == {"batch": 1, "height": 3}
+    assert result.notes == ["'height' is 3 or more: the module's own limit"]
+
+
+class Halves(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return x.reshape(-1, 2, 4)
+
+
+def test_sizes_that_the_module_refuses_are_replaced_and_reported(tmp_path: Path) -> None:
+    result = export(lambda: (Halves().eval(), {"x": normal(4, 4)}, {"x": {0: "n"}}), tmp_path / "m.onnx")
+    assert [case.sizes for case in result.comparison] == [{"n": 4}, {"n": 2}, {"n": 8}]
+    assert result.notes[0].startswith("the module does not run at n=1: RuntimeError: shape '[-1, 2, 4]' is invalid")
+    assert result.notes[0].endswith("; compared at n=2 instead")
 
 
 class Random(nn.Module):

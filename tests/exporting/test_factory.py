@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ BOTH = {"x": X, "factor": FACTOR}
         ),
         (
             (Scale(), {**BOTH, "zzz": X.clone()}, None),
-            "example input 'zzz' is not a parameter of Scale.forward (it takes x, factor, bias)",
+            "example input 'zzz' is not a parameter of Scale.forward (it names x, factor, bias)",
         ),
         ((Scale(), {"x": X}, None), "Scale.forward needs 'factor', which example_inputs lacks"),
         (
@@ -168,3 +169,14 @@ def test_what_is_accepted_is_put_in_order() -> None:
     assert example.axes == {"x": {0: "batch"}}
     assert example.notes == ["the module was in training mode; it was exported in evaluation mode"]
     assert not module.training
+
+
+def test_torch_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from graphopt.errors import MissingDependency
+    from graphopt.exporting import export
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
+    with pytest.raises(MissingDependency) as caught:
+        export("nets:f", tmp_path / "m.onnx")
+    assert str(caught.value) == "export needs torch (pip install 'graphopt[export]')"

@@ -176,7 +176,7 @@ def test_other_targets_data_is_not_taken_for_ours(tmp_path: Path) -> None:
 
 def test_an_external_model_stays_external_when_every_weight_is_new(tmp_path: Path) -> None:
     source = sources.write(sources.model([sources.tensor("w", "FLOAT", (1000,))]), tmp_path / "in.onnx", external=True)
-    model = load_model(source)
+    model = load_model(source).clone()
     set_weight(model, "w", ir.tensor(np.ones(1000, np.float32)))
     save_model(model, tmp_path / "out.onnx")
     assert len(list(tmp_path.glob("out.*.data"))) == 1
@@ -273,6 +273,7 @@ def test_staged_save_is_loadable_and_leaves_the_target_alone(tmp_path: Path) -> 
     with stage_model(load_model(source), source) as staged:
         assert sources.contents(load_model(staged.staged_path)) == sources.contents(load_model(source))
         assert source.read_bytes() == content
+        onnx.checker.check_model(str(staged.staged_path))
     assert listing(tmp_path) == before
     staged = stage_model(load_model(source), tmp_path / "out.onnx")
     staged.discard()
@@ -326,6 +327,22 @@ def test_a_lazy_weight_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
     set_weight(model, "w", wrong)
     before = listing(tmp_path)
     with pytest.raises(GraphoptError, match="gives 3996 bytes, but its type and shape take 4000"):
+        save_model(model, tmp_path / "out.onnx")
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["embedded", "external"])
+def test_a_lazy_weight_that_fails_leaves_nothing(tmp_path: Path, external: bool) -> None:
+    proto = sources.model([sources.tensor("w", "FLOAT", (1000,))])
+    source = sources.write(proto, tmp_path / "in.onnx", external=external)
+    model = load_model(source)
+
+    def fail() -> ir.TensorProtocol:
+        raise ZeroDivisionError("no scale")
+
+    set_weight(model, "w", ir.LazyTensor(fail, dtype=ir.DataType.FLOAT, shape=ir.Shape([1000])))
+    before = listing(tmp_path)
+    with pytest.raises((GraphoptError, ZeroDivisionError), match="no scale"):
         save_model(model, tmp_path / "out.onnx")
     assert listing(tmp_path) == before
 

@@ -32,7 +32,9 @@ def test_beyond_half_agrees_with_the_rounding(value: float) -> None:
     assert (half.beyond_half(array) is not None) == bool(np.isfinite(array) & ~np.isfinite(half.to_half(array)))
 
 
-@pytest.mark.parametrize(("value", "found"), [(0.0, None), (-0.0, None), (2.0**-14, None), (1e-5, 1e-5), (-1e-12, -1e-12)])
+@pytest.mark.parametrize(
+    ("value", "found"), [(0.0, None), (-0.0, None), (2.0**-14, None), (1e-5, 1e-5), (-1e-12, -1e-12)]
+)
 def test_below_half(value: float, found: float | None) -> None:
     assert half.below_half(np.array([1, value], np.float64)) == found
 

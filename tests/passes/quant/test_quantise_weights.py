@@ -302,7 +302,12 @@ def test_a_weight_that_bodies_capture(w_in: str, tmp_path: Path) -> None:
 def test_a_function_body() -> None:
     w = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(weight(64, 48)))
     function = helper.make_function(
-        "local", "Linear", ["a"], ["b"], [w, helper.make_node("MatMul", ["a", "w"], ["b"])], [helper.make_opsetid("", 21)]
+        "local",
+        "Linear",
+        ["a"],
+        ["b"],
+        [w, helper.make_node("MatMul", ["a", "w"], ["b"])],
+        [helper.make_opsetid("", 21)],
     )
     proto = model_of([helper.make_node("Linear", ["x"], ["y"], domain="local")], {})
     proto.functions.append(function)

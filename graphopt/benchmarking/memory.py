@@ -1,6 +1,6 @@
 """The memory one model needs: loaded and run in a process of its own, whose high-water mark is read.
 
-Run as ``python -m graphopt.bench.memory`` by `peak_bytes`; a request comes in pickled on standard input, from the
+Run as ``python -m graphopt.benchmarking.memory`` by `peak_bytes`; a request comes in pickled on standard input, from the
 process that started it, and the answer goes out as one JSON line.
 """
 
@@ -31,7 +31,7 @@ def peak_bytes(path: Path, feeds: dict[str, Any], threads: int | None) -> int:
     """
     request = pickle.dumps((str(path), feeds, threads))
     done = subprocess.run(
-        [sys.executable, "-m", "graphopt.bench.memory"], input=request, capture_output=True, check=False
+        [sys.executable, "-m", "graphopt.benchmarking.memory"], input=request, capture_output=True, check=False
     )
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()

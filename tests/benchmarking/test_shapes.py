@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.bench import parse_shapes
+from graphopt.benchmarking import parse_shapes
 from graphopt.errors import BadInput
 
 names = st.text(st.characters(exclude_characters=",", exclude_categories=["Cs", "Cc", "Z"]), min_size=1, max_size=12)

@@ -79,12 +79,21 @@ def ratio_interval(
     ratios = above / below
     groups = [ratios[labels == label] for label in np.unique(labels)]
     rng = np.random.default_rng(seed)
-    medians = [_resampled_median(groups, rng) for _ in range(_RESAMPLES)]
+    medians = _resampled_medians(groups, rng)
     tail = (1 - confidence) / 2
     low, high = np.quantile(medians, [tail, 1 - tail])
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def _resampled_median(groups: Sequence[np.ndarray[Any, Any]], rng: np.random.Generator) -> float:
-    drawn = [groups[index] for index in rng.integers(0, len(groups), size=len(groups))]
-    return float(np.median(np.concatenate([group[rng.integers(0, group.size, size=group.size)] for group in drawn])))
+def _resampled_medians(groups: Sequence[np.ndarray[Any, Any]], rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    if len(groups) == 1:
+        rounds = groups[0]
+        medians: np.ndarray[Any, Any] = np.median(
+            rounds[rng.integers(0, rounds.size, size=(_RESAMPLES, rounds.size))], axis=1
+        )
+        return medians
+    found = np.empty(_RESAMPLES)
+    for turn in range(_RESAMPLES):
+        drawn = [groups[index] for index in rng.integers(0, len(groups), size=len(groups))]
+        found[turn] = np.median(np.concatenate([rounds[rng.integers(0, rounds.size, rounds.size)] for rounds in drawn]))
+    return found

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.bench import Ratio, percentiles, ratio_interval
+from graphopt.benchmarking import Ratio, percentiles, ratio_interval
 
 timings = st.floats(min_value=1e-6, max_value=1e3)
 
@@ -52,6 +52,7 @@ def test_blocks_that_differ_widen_the_interval() -> None:
     assert heeding.low < 1 < heeding.high
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(timings, timings), min_size=1, max_size=20), st.integers(0, 3))
 def test_an_interval_holds_its_ratio_and_both_lie_among_the_rounds(pairs: list[tuple[float, float]], seed: int) -> None:
     above, below = (np.array(side) for side in zip(*pairs, strict=True))

@@ -1,8 +1,8 @@
 """Timing models against each other, in one process and interleaved, with the uncertainty of the ratio."""
 
-from graphopt.bench.measure import BenchResult, ModelTiming, bench
-from graphopt.bench.shapes import parse_shapes
-from graphopt.bench.stats import Percentiles, Ratio, percentiles, ratio_interval
+from graphopt.benchmarking.measure import BenchResult, ModelTiming, bench
+from graphopt.benchmarking.shapes import parse_shapes
+from graphopt.benchmarking.stats import Percentiles, Ratio, percentiles, ratio_interval
 
 __all__ = [
     "BenchResult",

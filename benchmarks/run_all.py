@@ -1,0 +1,41 @@
+"""Run every benchmark in turn, each in a process of its own: ``python -m benchmarks.run_all [NAME ...]``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from benchmarks.common import ROOT
+
+PROGRAMS = (
+    "help_time",
+    "corpus",
+    "mutations",
+    "speedup",
+    "verification_cost",
+    "scaling",
+    "large",
+    "minilm_export",
+    "rtx_build",
+    "demos",
+)
+
+
+def main() -> int:
+    """Run the programs named, or all; exit code 1 where one of them failed."""
+    failed = []
+    for name in sys.argv[1:] or PROGRAMS:
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        code = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], cwd=ROOT, check=False).returncode
+        print(f"   {time.perf_counter() - start:.0f} s", flush=True)
+        if code != 0:
+            failed.append(name)
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
