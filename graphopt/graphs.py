@@ -7,6 +7,19 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import onnx_ir as ir
 
+RANDOM = frozenset(
+    {
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Multinomial",
+        "Bernoulli",
+        "Dropout",
+    }
+)
+"""Operators that may give something else in every run (Dropout while training)."""
+
 GRAPH_ATTRIBUTES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 # The standard operators that carry bodies. Asked for every node in every walk, so the answer must be quick.
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})

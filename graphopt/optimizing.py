@@ -419,7 +419,8 @@ def _measure(metric: gates.Metric, spec: str, source: Path, candidate: Path, min
 def _describe_coverage(verification: Verification, plan: Plan, attempt: Attempt, judgement: Judgement) -> None:
     reference = judgement.reference
     verification.coverage = {
-        "applications": len(attempt.context.applications),
+        # What removes dead code replaces nothing: there is nothing to compare.
+        "applications": sum(1 for a in attempt.context.applications if a.outputs),
         "checked_alone": judgement.checked,
         "outputs": len(reference.model.graph.outputs),
         "vacuous": reference.vacuous(),

@@ -55,6 +55,9 @@ class Observer(Protocol):
             nodes: New nodes, in topological order, that no graph holds yet.
         """
 
+    def rewritten(self, model: ir.Model) -> None:
+        """A foreign pass has changed the model its own way."""
+
 
 class Context:
     """A model being rewritten, the target it is for, and a record of what was done.
@@ -90,6 +93,8 @@ class Context:
         self._keys: Counter[str] = Counter()
         self._names: set[str] | None = None
         self._suffixes: dict[str, int] = {}
+        self._node_names: set[str] | None = None
+        self._node_suffixes: dict[str, int] = {}
         self._pinned = frozenset(model.graph.inputs) | frozenset(model.graph.outputs)
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -268,7 +273,9 @@ class Context:
         """Record that a foreign pass changed the model."""
         assert self._current is not None
         self.applications.append(Application(f"{name}:foreign@model", name, "foreign", self._current.kind))
-        self._names = None
+        self._names = self._node_names = None
+        for observer in self.observers:
+            observer.rewritten(self.model)
 
     def running(self, current: Pass | None) -> None:
         """Called by the manager: which pass the next replacements belong to."""
@@ -342,6 +349,18 @@ class Context:
         self._names.add(name)
         return name
 
+    def fresh_node_name(self, base: str) -> str:
+        """A node name that nothing in the model has yet, and that is taken from now on: ONNX Runtime wants that."""
+        if self._node_names is None:
+            self._node_names = {node.name for node in graphs.all_nodes(self.model) if node.name}
+        name, count = base, self._node_suffixes.get(base, 0)
+        while name in self._node_names:
+            count += 1
+            name = f"{base}_{count}"
+        self._node_suffixes[base] = count
+        self._node_names.add(name)
+        return name
+
     def _name_new_values(self, graph: ir.Graph, mapping: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]) -> None:
         # A replacement by a new node takes the old value's name where the old value leaves, so that names keep their
         # meaning through any number of rewrites; everything else gets a fresh one.
@@ -349,8 +368,7 @@ class Context:
         for node in nodes:
             heir = next((heirs[v] for v in node.outputs if v in heirs), None)
             base = (heir.name if heir is not None else None) or (mapping and next(iter(mapping)).name) or "value"
-            if not node.name:
-                node.name = f"{base}/{node.op_type}"
+            node.name = self.fresh_node_name(node.name or f"{base}/{node.op_type}")
             for value in node.outputs:
                 if value not in heirs and not value.name:
                     value.name = self.fresh_name(f"{base}/{node.op_type}")
@@ -428,7 +446,7 @@ class Context:
                 if output is old:
                     owner.outputs[index] = new
             inherits = True
-        elif new.shape is None and not new.is_initializer():
+        elif new.shape is None and not new.is_initializer() and not new.is_graph_output():
             new.shape = old.shape
             inherit_trust(new, old)
         if inherits:

@@ -30,6 +30,8 @@ class PassRecord:
         reason: Why applications were undone or not kept, in words.
         seconds: Wall time.
         peak_bytes: The process's highest resident memory so far.
+        nodes_before: Nodes when the pass first ran.
+        nodes_after: The same less what this pass removed, in all its rounds (other passes run in between).
         error: The exception that ended the pass early, if one did.
         near_misses: Node -> why it nearly matched and did not.
     """
@@ -71,6 +73,7 @@ def run_passes(
     """
     records = {p.name: PassRecord(p.name, p.kind.value, p.stage.name.lower()) for p in passes}
     interface = interface_of(ctx.model)
+    nodes = graphs.count_nodes(ctx.model)
     order = sorted(passes, key=lambda p: p.stage)
     by_stage = {stage: [p for p in order if p.stage is stage] for stage in Stage}
 
@@ -86,8 +89,10 @@ def run_passes(
         return changed
 
     def run_one(p: Pass) -> bool:
+        nonlocal nodes
         record = records[p.name]
-        record.nodes_before = record.nodes_before or graphs.count_nodes(ctx.model)
+        if not record.nodes_before:
+            record.nodes_before = record.nodes_after = nodes
         before = len(ctx.applications)
         start = time.perf_counter()
         ctx.running(p)
@@ -113,7 +118,10 @@ def run_passes(
         record.applications += made
         record.kept += made
         record.peak_bytes = peak_rss()
-        record.nodes_after = graphs.count_nodes(ctx.model)
+        if made:
+            left = graphs.count_nodes(ctx.model)
+            record.nodes_after += left - nodes
+            nodes = left
         if progress is not None:
             progress(p.name, record.seconds)
         return made > 0

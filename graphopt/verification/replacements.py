@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import graphs
 from graphopt.rewrite.contract import Kind
 from graphopt.verification import exact, runnable
 from graphopt.verification.shadow import Pair, Shadow, Surface
@@ -54,23 +55,28 @@ def judge(shadow: Shadow, make_feeds: MakeFeeds, *, custom_ops: Path | None = No
     alive.update(shadow.model.graph.inputs)
     alive.update(shadow.model.graph.initializers.values())
 
-    def _visible(value: ir.Value) -> bool:
-        return value in alive or value in surface.added
+    def bring_out(value: ir.Value) -> ir.Value | None:
+        return value if graphs.is_constant(value) else surface.bring_out(value)
+
+    def visible(value: ir.Value) -> bool:
+        return value in alive or value in surface.added or graphs.is_constant(value)
 
     for pair in shadow.pairs:
-        original, replacement = surface.bring_out(pair.original), surface.bring_out(pair.replacement)
-        if original is None or replacement is None or not _visible(original) or not _visible(replacement):
+        original, replacement = bring_out(pair.original), bring_out(pair.replacement)
+        if original is None or replacement is None or not visible(original) or not visible(replacement):
             unchecked[pair.application.key] = None
             continue
         boundary: dict[ir.Value, ir.Value] = {}
         if pair.application.kind is Kind.ROUNDING:
             for value in pair.boundary:
-                visible = surface.bring_out(value)
-                if visible is not None:
-                    boundary[value] = visible
+                shown_as = bring_out(value)
+                if shown_as is not None:
+                    boundary[value] = shown_as
         shown.append((pair, original, replacement, boundary))
 
-    wanted = dict.fromkeys(v for _, o, r, b in shown for v in (o, r, *b.values()) if v.producer() is not None)
+    wanted = dict.fromkeys(
+        v for _, o, r, b in shown for v in (o, r, *b.values()) if v.producer() is not None and not graphs.is_constant(v)
+    )
     session = session_for(shadow.model, custom_ops=custom_ops, outputs=list(wanted))
     own = [value.name or "" for value in shadow.model.graph.outputs]
     given = make_feeds(shadow.model, lambda case: run_case(session, narrow_feeds([case], preparation)[0], own))
@@ -80,6 +86,7 @@ def judge(shadow: Shadow, make_feeds: MakeFeeds, *, custom_ops: Path | None = No
     if reference.random or not shown:
         return verdict
     names = [value.name or "" for value in wanted]
+    judged: set[str] = set()
     for case in feeds:
         results = run_case(session, case, names)
         values = {value: results[value.name or ""] for value in wanted}
@@ -90,11 +97,22 @@ def judge(shadow: Shadow, make_feeds: MakeFeeds, *, custom_ops: Path | None = No
             key = pair.application.key
             if key in verdict.failed:
                 continue
+            if _branch_not_taken(original, replacement, surface, values):
+                continue
+            judged.add(key)
             reason = _judge_pair(shadow, pair, original, replacement, boundary, values)
             if reason is not None:
                 verdict.failed[key] = reason
-    verdict.checked = len({pair.application.key for pair, *_ in shown} - unchecked.keys())
+    verdict.unchecked.extend(sorted({pair.application.key for pair, *_ in shown} - judged - unchecked.keys()))
+    verdict.checked = len(judged - unchecked.keys())
     return verdict
+
+
+def _branch_not_taken(original: ir.Value, replacement: ir.Value, surface: Surface, values: dict[ir.Value, Any]) -> bool:
+    """Whether a value in a branch was replaced by a constant, and the branch did not run: it shows nothing then."""
+    if not graphs.is_constant(replacement) or original not in surface.added:
+        return False
+    return np.shape(values[original]) == (0,)
 
 
 def _judge_pair(
@@ -116,7 +134,7 @@ def _judge_pair(
         return why_different(after, before, bitwise=bitwise)
     precise = None
     try:
-        known = {value: np.asarray(_value(visible, values)) for value, visible in boundary.items()}
+        known = {value: np.asarray(_value(shown_as, values)) for value, shown_as in boundary.items()}
         precise = exact.evaluate_between(shadow.model, known, pair.original)
     except exact.NotExact:
         pass
@@ -126,6 +144,6 @@ def _judge_pair(
 def _value(value: ir.Value, values: dict[ir.Value, Any]) -> Any:
     if value in values:
         return values[value]
-    tensor = value.const_value
+    tensor = graphs.constant_tensor(value)
     assert tensor is not None, f"{value.name} was not returned"
     return tensor.numpy()

@@ -4,12 +4,16 @@ While passes rewrite a model, the shadow keeps a copy of the original and adds t
 fed with the *original's* values. One run then gives, for every replacement, the value that was replaced and the value
 that took its place, from the same inputs: each replacement is judged alone, however many others it builds on, and all
 of them cost one session.
+
+Where a value takes the place of another that exists already, its readers read one value from then on and meant two.
+The shadow remembers for each reader which of the two it meant, so that a wrong merge does not make right rewrites of
+other readers look wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -27,6 +31,25 @@ class Pair:
     replacement: ir.Value
     boundary: tuple[ir.Value, ...]
     """What the replacement reads, as values of the shadow: the inputs of the replaced region."""
+    merge: bool = False
+    """Whether the replacement is a value that was there before."""
+    doubtful: bool = False
+    """Whether it builds on an earlier merge in a way that cannot be told apart, and is right only if that is."""
+    random: bool = False
+    """Whether the replacement draws random numbers, so that its value is never the original's."""
+
+
+@dataclass
+class Epoch:
+    """The model at a time, with what was replaced from then on. A new one begins where a foreign pass was at work."""
+
+    model: ir.Model
+    pairs: list[Pair] = field(default_factory=list)
+
+
+# How far a replaced region without new nodes is followed back: what bypasses something seldom bypasses more.
+_MERGE_REGION = 8
+_REGION = 200
 
 
 class Shadow:
@@ -34,19 +57,36 @@ class Shadow:
 
     Args:
         model: The model before any replacement. It is cloned; tensors are shared.
+
+    Attributes:
+        epochs: The first one holds the original.
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self.pairs: list[Pair] = []
+        self.epochs: list[Epoch] = []
+        self.unknown: dict[str, None] = {}
+        self._count = 0
+        self._begin(model)
+
+    def _begin(self, model: ir.Model) -> None:
+        self._source = model
         self._values: dict[ir.Value, ir.Value] = {}
         self._graphs: dict[ir.Graph, ir.Graph] = {}
-        self._count = 0
+        self._outer: dict[ir.Graph, ir.Graph] = {}
+        # A reader of a value that took another one's place -> the value that it meant; and the values with such readers.
+        self._meant: dict[tuple[ir.Node, int], ir.Value] = {}
+        self._merged: set[ir.Value] = set()
         # Function bodies cannot be looked into, so they are cloned the library's way and not mirrored.
-        self.model = ir.Model(
+        copy = ir.Model(
             self._clone(model.graph),
             ir_version=model.ir_version,
             functions=[function.clone() for function in model.functions.values()],
         )
+        self.epochs.append(Epoch(copy))
+
+    def rewritten(self, model: ir.Model) -> None:
+        """A foreign pass changed the model: what it did is judged with the whole model, what follows one by one."""
+        self._begin(model)
 
     def replacing(
         self, application: Application, outputs: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]
@@ -60,31 +100,91 @@ class Shadow:
         graph = self._graphs.get(owner) if owner is not None else None  # type: ignore[arg-type]
         if graph is None:
             return
+        captured = [[v for body in graphs.subgraphs(n) for v in graphs.captured_values(body)] for n in nodes]
+        reads = {v for n in nodes for v in n.inputs if v is not None}.union(*captured)
+        old_values = [*outputs, *reads.difference(v for n in nodes for v in n.outputs), *outputs.values()]
+        if any(v not in self._values and v.const_value is None for v in old_values if v.producer() not in nodes):
+            self.unknown[application.key] = None
+            return
+        meant, doubtful = self._meanings(outputs, reads, graph)
         made: set[ir.Value] = set()
         boundary: dict[ir.Value, None] = {}
-        for node in nodes:
-            for value in node.inputs:
+        for node, outer in zip(nodes, captured, strict=True):
+            for value in (*node.inputs, *outer):
                 if value is not None and value not in made and value.const_value is None:
-                    boundary[self._mirror(value, graph)] = None
-            for body in graphs.subgraphs(node):
-                for value in graphs.captured_values(body):
-                    if value not in made and value.const_value is None:
-                        boundary[self._mirror(value, graph)] = None
-            graph.append(self._copy(node, graph))
+                    boundary[self._mirror(value, graph, meant)] = None
+            graph.append(self._copy(node, graph, meant))
             made.update(node.outputs)
+        random = any(n.op_type in graphs.RANDOM for node in nodes for n in _with_nested(node))
         for old, new in outputs.items():
-            original = self._mirror(old, graph)
-            replacement = self._mirror(new, graph)
+            merge = new not in made and new in self._values
+            original = self._values[old]
+            replacement = self._mirror(new, graph, meant)
             if original is not replacement:
-                self.pairs.append(Pair(application, original, replacement, tuple(boundary)))
-            # Whoever reads the replacement from here on is fed with the original's value.
-            self._values[new] = original
+                pair = Pair(application, original, replacement, tuple(boundary), merge, doubtful, random)
+                self.epochs[-1].pairs.append(pair)
+            if merge:
+                for use in old.uses():
+                    self._meant.setdefault((use.node, use.idx), original)
+                self._merged.add(new)
+            elif new in made:
+                # Whoever reads the replacement from here on is fed with the original's value.
+                self._values[new] = original
+
+    def _meanings(
+        self, outputs: Mapping[ir.Value, ir.Value], reads: set[ir.Value], graph: ir.Graph
+    ) -> tuple[dict[ir.Value, ir.Value], bool]:
+        """What the replaced region meant by the merged values that the replacement reads.
+
+        Returns:
+            Merged value -> the value meant, and whether the region meant something else in a way that this cannot say.
+        """
+        ends = reads.union(outputs.values())
+        merging = not ends.isdisjoint(self._merged) if reads else bool(self._merged)
+        if not merging:
+            return {}, False
+        meant: dict[ir.Value, ir.Value] = {}
+        doubtful = False
+        seen: set[ir.Node] = set()
+        pending = [producer for old in outputs if (producer := old.producer()) is not None]
+        limit = _REGION if reads else _MERGE_REGION
+        while pending and len(seen) < limit:
+            node = pending.pop(0)
+            if node in seen:
+                continue
+            seen.add(node)
+            for inner in _with_nested(node):
+                for index, value in enumerate(inner.inputs):
+                    if value is None:
+                        continue
+                    if value in self._merged and value in self._values:
+                        found = self._meant.get((inner, index), self._values[value])
+                        visible = self._is_visible(found, graph)
+                        if value in ends and visible and meant.setdefault(value, found) is found:
+                            continue
+                        doubtful = doubtful or found is not self._values[value] or value in ends
+                    if value not in ends and (producer := value.producer()) is not None:
+                        pending.append(producer)
+        return meant, doubtful
+
+    def _is_visible(self, value: ir.Value, graph: ir.Graph) -> bool:
+        """Whether nodes of a graph of the shadow can read a value of the shadow."""
+        home = value.graph
+        current: ir.Graph | None = graph
+        while current is not None:
+            if current is home:
+                return True
+            current = self._outer.get(current)
+        return False
 
     def finish(self) -> None:
         """Put the shadow's nodes in order. Call once, after the last replacement."""
-        self.model.graph.sort()
-        for function in self.model.functions.values():
-            function.graph.sort()
+        for epoch in self.epochs:
+            for domain, version in self._source.opset_imports.items():
+                epoch.model.opset_imports.setdefault(domain, version)
+            epoch.model.graph.sort()
+            for function in epoch.model.functions.values():
+                function.graph.sort()
 
     def _clone(self, graph: ir.Graph) -> ir.Graph:
         """A copy of a graph, remembering what each value became. (``Model.clone`` takes four times as long.)"""
@@ -122,7 +222,13 @@ class Shadow:
             name=graph.name,
         )
         self._graphs[graph] = copy
+        self._nest(copy)
         return copy
+
+    def _nest(self, graph: ir.Graph) -> None:
+        for node in graph:
+            if graphs.has_subgraphs(node):
+                self._outer.update((body, graph) for body in graphs.subgraphs(node))
 
     def _clone_attribute(self, attribute: ir.Attr) -> ir.Attr:
         if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
@@ -131,8 +237,8 @@ class Shadow:
             return ir.AttrGraphs(attribute.name, [self._clone(body) for body in attribute.as_graphs()])
         return attribute
 
-    def _mirror(self, value: ir.Value, graph: ir.Graph) -> ir.Value:
-        found = self._values.get(value)
+    def _mirror(self, value: ir.Value, graph: ir.Graph, meant: Mapping[ir.Value, ir.Value]) -> ir.Value:
+        found = meant.get(value) or self._values.get(value)
         if found is None:
             # A constant that came with the replacement.
             assert value.const_value is not None, f"{value.name} is not known to the shadow"
@@ -141,12 +247,12 @@ class Shadow:
             self._values[value] = found
         return found
 
-    def _copy(self, node: ir.Node, graph: ir.Graph) -> ir.Node:
-        inputs = [None if value is None else self._mirror(value, graph) for value in node.inputs]
+    def _copy(self, node: ir.Node, graph: ir.Graph, meant: Mapping[ir.Value, ir.Value]) -> ir.Node:
+        inputs = [None if value is None else self._mirror(value, graph, meant) for value in node.inputs]
         attributes = []
         for name, attribute in node.attributes.items():
             if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
-                attributes.append(ir.AttrGraph(name, self._copy_body(attribute.as_graph(), graph)))
+                attributes.append(ir.AttrGraph(name, self._copy_body(attribute.as_graph(), graph, meant)))
             else:
                 attributes.append(attribute)
         outputs = [ir.Value(name=self._name(), type=v.type, shape=v.shape) for v in node.outputs]
@@ -156,11 +262,12 @@ class Shadow:
             name=f"shadow/{self._count}",
         )  # fmt: skip
 
-    def _copy_body(self, body: ir.Graph, graph: ir.Graph) -> ir.Graph:
+    def _copy_body(self, body: ir.Graph, graph: ir.Graph, meant: Mapping[ir.Value, ir.Value]) -> ir.Graph:
         copy = body.clone(allow_outer_scope_values=True)
         captured = graphs.captured_values(copy)
         self._map_graph(body, copy)
-        mirrored = {value: self._mirror(value, graph) for value in captured}
+        mirrored = {value: self._mirror(value, graph, meant) for value in captured}
+        self._outer[copy] = graph
         for inner in graphs.nested_graphs(copy):
             for node in inner:
                 for index, value in enumerate(node.inputs):
@@ -180,11 +287,21 @@ class Shadow:
         values = self._values
         values.update(zip(ours.inputs, theirs.inputs, strict=True))
         values.update((value, theirs.initializers[name]) for name, value in ours.initializers.items())
+        self._nest(theirs)
         for node, copy in zip(ours, theirs, strict=True):
             values.update(zip(node.outputs, copy.outputs, strict=True))
             if graphs.has_subgraphs(node):
                 for body, mirrored in zip(graphs.subgraphs(node), graphs.subgraphs(copy), strict=True):
                     self._map_graph(body, mirrored)
+
+
+def _with_nested(node: ir.Node) -> Iterator[ir.Node]:
+    """A node and every node in its bodies."""
+    yield node
+    if graphs.has_subgraphs(node):
+        for body in graphs.subgraphs(node):
+            for inner in graphs.nested_graphs(body):
+                yield from inner
 
 
 class Surface:

@@ -237,6 +237,8 @@ class _Folding:
             self.ctx.refuse(node, "ONNX Runtime rounds float16 at the end of a chain, not after each node")
             return False
         for output in node.outputs:
+            if not isinstance(output.type, ir.TensorType):
+                return False
             shape = graphs.static_shape(output)
             if shape is None and output.name != "" and node.op_type in _UNBOUNDED:
                 self.ctx.refuse(node, "the size of its result is not known")

@@ -32,7 +32,8 @@ class Sizes(ShapeValues):
 
     def __init__(self, opset: int) -> None:
         super().__init__(opset)
-        self._sizes: dict[tuple[ir.Value, int], Element] = {}
+        self._sizes: dict[str | tuple[ir.Value, int], Element] = {}
+        self._untraced: set[tuple[ir.Value, int]] = set()
         self._smaller: dict[Element, tuple[int, Element]] = {}
         self._depth = 0
 
@@ -46,17 +47,22 @@ class Sizes(ShapeValues):
     def size(self, value: ir.Value, axis: int) -> Element:
         """The size of an axis, counted from the front: a number, or an expression."""
         shape = trusted_shape(value)
-        if shape is not None and axis < len(shape):
-            known = shape[axis]
-            if isinstance(known, int):
-                return known
-            if known.value is not None and not known.value.startswith(INVENTED):
-                return Expression.axis(known.value)
-        key = (value, axis)
+        known = shape[axis] if shape is not None and axis < len(shape) else None
+        if isinstance(known, int):
+            return known
+        name = None if known is None else known.value
+        if name is not None and not name.startswith(INVENTED):
+            return Expression.axis(name)
+        # An invented name stands for one size wherever it is found; it may be traced back in one place and not in others.
+        key: str | tuple[ir.Value, int] = name or (value, axis)
         if key not in self._sizes:
             self._depth += 1
-            found = None if self._depth > _DEEPEST else self._follow(value, axis)
+            traced = (value, axis) not in self._untraced and self._depth <= _DEEPEST
+            found = self._follow(value, axis) if traced else None
             self._depth -= 1
+            if found is None and name is not None:
+                self._untraced.add((value, axis))
+                return Expression.axis(name)
             # Where nothing is found the axis stands for itself, under a name that no file can contain.
             self._sizes[key] = Expression.axis(f"\0{len(self._sizes)}") if found is None else found
         return self._sizes[key]
@@ -98,11 +104,15 @@ class Sizes(ShapeValues):
     def _follow(self, value: ir.Value, axis: int) -> Element | None:
         node = value.producer()
         rank = _rank(value)
-        if node is None or node.domain != "" or rank is None or node.outputs[0] is not value:
+        if node is None or rank is None or node.outputs[0] is not value:
             return None
         op, source = node.op_type, node.inputs[0] if node.inputs else None
         if source is None:
             return None
+        if node.domain != "":
+            # What this group of passes has written already.
+            traced = (op in ("Gelu", "FastGelu")) or (op == "MultiHeadAttention" and axis < 2)
+            return self.size(source, axis) if node.domain == "com.microsoft" and traced else None
         if op in _SAME_SHAPE:
             return self.size(source, axis)
         if op in _BROADCAST:

@@ -63,12 +63,13 @@ class FuseAttention(RulePass):
     kind = Kind.ROUNDING
     stage = Stage.FUSE
     explanation = Explanation(
-        matches="q, k and v split into heads by Reshape and Transpose, the product of q and k scaled before or after, an "
-        "added mask or none, Softmax over the keys (with PyTorch's guard against rows of NaN or without), the product with "
-        "v, and the heads merged by Transpose and Reshape; constant biases of q, k and v go along",
-        refuses="heads that are not provably split and merged the same way; a mask that broadcasts in other ways than over "
-        "batch, heads and queries; a guarded mask that may be infinite, since whole rows of it are zeros then; dtypes "
-        "other than float32; a target without com.microsoft's MultiHeadAttention; probabilities that are an output",
+        matches="q, k and v split into heads by Reshape and Transpose, the product of q and k scaled before or after,"
+        " an added mask or none, Softmax over the keys (with PyTorch's guard against rows of NaN or without),"
+        " the product with v, and the heads merged by Transpose and Reshape; constant biases of q, k and v go"
+        " along",
+        refuses="heads that are not provably split and merged the same way; a mask that broadcasts in other ways than"
+        " over batch, heads and queries; dtypes other than float32; a target without com.microsoft's "
+        "MultiHeadAttention; probabilities that are an output",
         costs="linear in the nodes; saves the transposes, the scaling and the guard of each layer",
         source="Vaswani et al., Attention Is All You Need, arXiv 1706.03762; com.microsoft MultiHeadAttention",
     )
@@ -106,9 +107,9 @@ class FuseAttention(RulePass):
             raise _No(f"a scale of {scores.scale}")
         nodes: list[ir.Node] = []
         mask = None
+        guarded = guarded and scores.mask is not None
         if scores.mask is not None:
-            if guarded and not _finite(scores.mask):
-                raise _No("the mask may be infinite over a whole row, which the guard makes zeros")
+            guarded = guarded and not _finite(scores.mask)
             mask = _mask(scores.mask, q, k, nodes, sizes, ctx)
         sources, bias = _biases((q, k, v), ctx)
         attention = ctx.node(
@@ -118,8 +119,14 @@ class FuseAttention(RulePass):
             like=merged,
             domain="com.microsoft",
         )
+        nodes.append(attention)
+        if guarded:
+            # A row of the mask that is infinite all through makes a row of NaN, here as before.
+            nan = ctx.node("IsNaN", [attention.outputs[0]])
+            zero = ctx.constant(np.zeros((), np.float32), "zero")
+            nodes += (nan, ctx.node("Where", [nan.outputs[0], zero, attention.outputs[0]], like=merged))
         owner = node.graph
-        if not ctx.replace({merged: attention.outputs[0]}, [*nodes, attention], rule="multi-head-attention"):
+        if not ctx.replace({merged: nodes[-1].outputs[0]}, nodes, rule="multi-head-attention"):
             return False
         import_domain(ctx, owner, "com.microsoft")
         return True
@@ -230,8 +237,19 @@ def _last_swapped(axes: tuple[Element, ...]) -> tuple[Element, ...]:
     return (*axes[:-2], axes[-1], axes[-2])
 
 
+def _past_idle_reshape(value: ir.Value, sizes: Sizes) -> ir.Value:
+    """The value after a Reshape to the shape that the value has already, where that reads it; else the value."""
+    readers = [use.node for use in value.uses() if use.node.op_type == "Reshape" and use.idx == 0]
+    if len(readers) != 1:
+        return value
+    reshape = _sole(value, "Reshape")
+    result = sizes.reshaped(reshape)
+    return reshape.outputs[0] if result is not None and result == sizes.all(value) else value
+
+
 def _merged(product: ir.Value, sizes: Sizes) -> tuple[ir.Value, tuple[Element, ...]]:
     """The value in which the heads stand side by side again, and its sizes."""
+    product = _past_idle_reshape(product, sizes)
     transpose = _sole(product, "Transpose")
     if permutation(transpose) != (0, 2, 1, 3):
         raise _No

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -67,9 +68,11 @@ class FuseConvBn(RulePass):
     explanation = Explanation(
         matches="Conv, ConvTranspose, and Gemm or MatMul of matrices, with constant weights, followed by "
         "BatchNormalization at inference or by Mul, Add, Sub, Div with one constant a channel",
-        refuses="an output that something else reads; training mode; weights or parameters that are computed or that a "
-        "caller may override; a constant that adds axes or varies over positions; folded weights that are not finite",
-        costs="linear in the nodes; the weights are computed in float64 and rounded once, big ones when the file is saved",
+        refuses="an output that something else reads; training mode; weights or parameters that are computed or that "
+        "a caller may override; a constant that adds axes or varies over positions; folded weights that are "
+        "not finite",
+        costs="linear in the nodes; the weights are computed in float64 and rounded once, big ones when the file is"
+        " saved",
         source="Ioffe and Szegedy, Batch Normalization, arXiv 1502.03167, section 3.1",
     )
     roots = ("BatchNormalization", "Mul", "Add", "Sub", "Div")
@@ -154,17 +157,17 @@ def _linear(node: ir.Node) -> _Linear | str:
     if node.op_type == "Conv":
         channels = shape[0]
     elif node.op_type == "ConvTranspose":
-        groups = node.attributes.get_int("group", 1)
+        groups = int_attribute(node, "group", 1) or 1
         channels = shape[1] * groups
         axis = 1
     else:
         if rank_of(node.inputs[0]) != 2 or rank != 2:
             return f"{node.op_type} of more than two axes: its channels are not on axis 1"
-        axis = 0 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else 1
+        axis = 0 if node.op_type == "Gemm" and int_attribute(node, "transB", 0) else 1
         channels = shape[axis]
         if shape[1 - axis] == 0:
             return "the inner axis is empty"
-        beta = node.attributes.get_float("beta", 1.0)
+        beta = float_attribute(node, "beta", 1.0) or 0.0
     present = node.inputs[2] if len(node.inputs) > 2 else None
     bias = None
     if present is not None:
@@ -196,7 +199,8 @@ def _batch_norm(node: ir.Node, linear: _Linear, opset: int) -> tuple[Float64, Fl
     parameters = [a for a in arrays if a is not None and a.shape == (linear.channels,)]
     if len(parameters) != 4:
         return "parameters of BatchNormalization are not constants of one number a channel"
-    scale, shift = batch_norm_affine(*parameters, epsilon)
+    gamma, beta, mean, variance = parameters
+    scale, shift = batch_norm_affine(gamma, beta, mean, variance, epsilon)
     if not all_finite(scale, shift):
         return "scale or shift of BatchNormalization is not finite"
     return scale, shift
@@ -227,7 +231,7 @@ def _channel_affine(node: ir.Node, before: ir.Value, linear: _Linear) -> tuple[F
 
 
 def _scaled_weight(linear: _Linear, scale: Float64) -> ir.TensorProtocol | None:
-    """The weight with its output channels scaled; computed now where it is small or might overflow. None: not finite."""
+    """The weight with its channels scaled; computed now where it is small or might overflow. None: not finite."""
     weight = linear.weight
 
     def compute() -> np.ndarray:
@@ -247,5 +251,5 @@ def _scaled_weight(linear: _Linear, scale: Float64) -> ir.TensorProtocol | None:
     return ir.tensor(array, dtype=weight.dtype) if all_finite(array) else None
 
 
-def _tensor(compute: partial[np.ndarray]) -> ir.TensorProtocol:
+def _tensor(compute: Callable[[], np.ndarray]) -> ir.TensorProtocol:
     return ir.tensor(compute())

@@ -24,11 +24,12 @@ class FuseGelu(RulePass):
     kind = Kind.ROUNDING
     stage = Stage.FUSE
     explanation = Explanation(
-        matches="0.5 x (1 + erf(x / sqrt 2)) and 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), factors in any order and "
-        "grouping, the powers of x spelled with Pow or Mul",
+        matches="0.5 x (1 + erf(x / sqrt 2)) and 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), factors in any "
+        "order and grouping, the powers of x spelled with Pow or Mul",
         refuses="other constants (erf(x / 2), x * sigmoid(1.702 x)); a scalar whose rank would add axes to x; an "
-        "intermediate value that something else reads; a target that runs no form of Gelu at the model's opset: Gelu of the "
-        "standard needs opset 20, before that com.microsoft's is used where the target runs it and the data is float32",
+        "intermediate value that something else reads; a target that runs no form of Gelu at the model's "
+        "opset: Gelu of the standard needs opset 20, before that com.microsoft's is used where the target "
+        "runs it and the data is float32",
         costs="linear in the nodes; saves four to eight passes over the data",
         source="Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415; ONNX operator Gelu-20",
     )

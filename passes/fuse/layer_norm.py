@@ -54,12 +54,12 @@ class FuseLayerNorm(RulePass):
     kind = Kind.ROUNDING
     stage = Stage.FUSE
     explanation = Explanation(
-        matches="ReduceMean, Sub, Pow or Mul, ReduceMean, Add, Sqrt, Div (or Reciprocal and Mul, or Pow -0.5), then gamma and "
-        "beta if they are there; axes as attribute or input; the mean taken off once or twice; computed in float32 between "
-        "two Casts. Without the mean: RMSNormalization",
-        refuses="an opset below 17 (RMSNormalization: 23); axes that are not the last ones, or an unknown size of them; an "
-        "epsilon that is not constant; gamma that broadcasts over other axes; float64, which the operator computes in "
-        "float32; an exponent other than two",
+        matches="ReduceMean, Sub, Pow or Mul, ReduceMean, Add, Sqrt, Div (or Reciprocal and Mul, or Pow -0.5), then "
+        "gamma and beta if they are there; axes as attribute or input; the mean taken off once or twice; "
+        "computed in float32 between two Casts. Without the mean: RMSNormalization",
+        refuses="an opset below 17 (RMSNormalization: 23); axes that are not the last ones, or an unknown size of "
+        "them; an epsilon that is not constant; gamma that broadcasts over other axes; float64, which the "
+        "operator computes in float32; an exponent other than two",
         costs="linear in the nodes; saves six to nine passes over the data",
         source="Ba, Kiros and Hinton, Layer Normalization, arXiv 1607.06450; Zhang and Sennrich, arXiv 1910.07467",
     )
@@ -80,10 +80,11 @@ class FuseLayerNorm(RulePass):
             ctx.refuse(node, f"{op_type} computes in float32: not for {found.x.dtype or 'a type not known'}")
             return False
         shape = trusted_shape(found.x)
-        if shape is None or any(not isinstance(axis, int) for axis in list(shape)[-found.axes :]):
+        last = [] if shape is None else list(shape)[-found.axes :]
+        sizes = tuple(axis for axis in last if isinstance(axis, int))
+        if shape is None or len(sizes) != found.axes:
             ctx.refuse(node, f"the size of the normalised axes is not known: {shape}")
             return False
-        sizes = tuple(int(axis) for axis in list(shape)[-found.axes :])  # type: ignore[call-overload]
         if 0 in sizes:
             ctx.refuse(node, "a normalised axis is empty")
             return False

@@ -21,10 +21,11 @@ class FuseMatMulAdd(RulePass):
     kind = Kind.ROUNDING
     stage = Stage.FUSE
     explanation = Explanation(
-        matches="MatMul of two matrices followed by Add of a bias; a Transpose of either operand becomes transA or transB; "
-        "a second constant bias after Gemm is merged into the first",
-        refuses="operands of a rank that is not two or not known (Gemm has no batch axes); a bias that broadcasts the "
-        "product to a larger shape, or might; integer matrices; an empty inner axis; a product that something else reads",
+        matches="MatMul of two matrices followed by Add of a bias; a Transpose of either operand becomes transA or "
+        "transB; a second constant bias after Gemm is merged into the first",
+        refuses="operands of a rank that is not two or not known (Gemm has no batch axes); a bias that broadcasts the"
+        " product to a larger shape, or might; integer matrices; an empty inner axis; a product that "
+        "something else reads",
         costs="linear in the nodes; saves one pass over the product",
         source="ONNX operator Gemm",
     )

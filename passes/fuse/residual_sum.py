@@ -18,11 +18,13 @@ class FuseResidualSum(RulePass):
     stage = Stage.FUSE
     explanation = Explanation(
         matches="two or more Add nodes in a row (product + bias + residual) whose result a LayerNormalization reads",
-        refuses="last operands whose shapes are not known to be equal: that addition is not fused, and two Add nodes are a "
-        "little faster than a Sum; a partial sum that something else reads; dtypes other than float32 and float64, for which runtimes have "
-        "no kernel of Sum; a product of matrices and its bias, which Gemm takes whole",
+        refuses="last operands whose shapes are not known to be equal: that addition is not fused, and two Add nodes "
+        "are a little faster than a Sum; a partial sum that something else reads; dtypes other than float32 "
+        "and float64, for which runtimes have no kernel of Sum; a product of matrices and its bias, which "
+        "Gemm takes whole",
         costs="linear in the nodes; one node fewer. ONNX Runtime's CPU fuses Add and LayerNormalization into a "
-        "SkipLayerNormalization that takes several times as long as the two: with Sum it keeps the fast kernels",
+        "SkipLayerNormalization that takes several times as long as the two: with Sum it keeps the fast "
+        "kernels",
         source="ONNX operator Sum adds its operands from left to right, as the chain does",
     )
     roots = ("LayerNormalization",)

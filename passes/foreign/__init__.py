@@ -1,0 +1,1 @@
+"""Passes that let other libraries change a model."""
