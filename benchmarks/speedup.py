@@ -2,7 +2,7 @@
 
     python -m benchmarks.speedup [--seconds S]
 
-One process, one thread, interleaved (graphopt.benchmarking): the ratio of wall times with its 95 % interval.
+One process, one thread, interleaved, as `graphopt bench` does: the ratio of wall times with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
         for name, source in networks.items():
             out = folder / f"{name}.safe.onnx"
             report = graphopt.optimize(source, out)
-            timed = graphopt.benchmarking([source, out], shapes=SHAPES[name], seconds=options.seconds)
+            timed = graphopt.bench([source, out], shapes=SHAPES[name], seconds=options.seconds)
             before, after = timed.models
             assert report.output is not None
             rows.append(

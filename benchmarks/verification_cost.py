@@ -31,7 +31,7 @@ def main() -> None:
         if (encoder := minilm(folder)) is not None:
             networks["MiniLM"] = encoder
         for name, source in networks.items():
-            command = [*GRAPHOPT, "optimize", source, "-o", folder / "out.onnx", "--recipe", "safe"]
+            command = [*GRAPHOPT, "optimize", str(source), "-o", str(folder / "out.onnx"), "--recipe", "safe"]
             verified: list[Usage] = []
             unverified: list[Usage] = []
             for _ in range(options.rounds):

@@ -56,7 +56,7 @@ def graphopt() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code; never raises for a user's mistake."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     verbose = "--verbose" in arguments or "-v" in arguments
     try:
         result = graphopt.main(args=arguments, prog_name="graphopt", standalone_mode=False)

@@ -57,9 +57,11 @@ def command(name: str | None, as_json: bool, verbose: bool) -> None:
         print_json(one)
         return
     out.print(f"{one['name']}: {one['summary']}")
-    rows = [(key, one[key]) for key in ("kind", "stage", "matches", "refuses", "costs", "source")]
-    rows.append(("recipes", ", ".join(used.get(name, [])) or "none"))
+    lines: list[tuple[str, object]] = [
+        (key, one[key]) for key in ("kind", "stage", "matches", "refuses", "costs", "source")
+    ]
+    lines.append(("recipes", ", ".join(used.get(name, [])) or "none"))
     parameters = one["parameters"]
     assert isinstance(parameters, dict)
-    rows.extend((f"--set {name}.{key}", text) for key, text in parameters.items())
-    out.print(table(["", ""], rows))
+    lines.extend((f"--set {name}.{key}", text) for key, text in parameters.items())
+    out.print(table(["", ""], lines))

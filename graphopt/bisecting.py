@@ -88,6 +88,7 @@ def bisect(
         read_feeds(calibration, model),
         Path(custom_ops) if custom_ops is not None else None,
     )
+    plan.make_passes()  # mistakes in recipes and settings come before anything runs
     reference = reference_of(plan)
     runs = 0
 
@@ -135,7 +136,14 @@ def reference_of(plan: Plan) -> Reference:
     session = session_for(original, custom_ops=plan.custom_ops)
     given = feed_source(plan)(original, lambda case: run_case(session, narrow_feeds([case], preparation)[0]))
     feeds = narrow_feeds(given, preparation)
-    return make_reference(original, feeds, custom_ops=plan.custom_ops, session=session, preparation=preparation)
+    return make_reference(
+        original,
+        feeds,
+        custom_ops=plan.custom_ops,
+        session=session,
+        preparation=preparation,
+        source=plan.source,
+    )
 
 
 def first_difference(plan: Plan, reference: Reference, attempt: Attempt) -> tuple[str | None, float]:

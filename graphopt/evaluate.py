@@ -326,7 +326,13 @@ def _gather(op: Operation, xs: Inputs) -> list[Array]:
 def _gather_elements(op: Operation, xs: Inputs) -> list[Array]:
     x = _first(xs)
     axis = _axis(op.integer("axis", 0), x.ndim)
-    return [np.take_along_axis(x, _indices(_first(xs, 1), x.shape[axis]), axis)]
+    indices = _indices(_first(xs, 1), x.shape[axis])
+    if indices.ndim != x.ndim:
+        raise Inexact
+    # Not take_along_axis, which broadcasts: an index array that is shorter along another axis reads its beginning.
+    places: list[Array] = list(np.indices(indices.shape))
+    places[axis] = indices
+    return [x[tuple(places)]]
 
 
 def _expand(op: Operation, xs: Inputs) -> list[Array]:

@@ -95,7 +95,8 @@ def load_function(spec: str, option: str) -> Callable[..., Any]:
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput(f"cannot be imported: {type(error).__name__}: {error}", where=f"{option} {spec}") from error
+        first = next(iter(str(error).splitlines()), "")
+        raise BadInput(f"cannot be imported: {type(error).__name__}: {first}", where=f"{option} {spec}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise BadInput(f"module {module_name} has no function '{function_name}'", where=f"{option} {spec}")
@@ -111,6 +112,7 @@ def evaluate(metric: Metric, run: Run, spec: str) -> float:
     try:
         return float(metric(run))
     except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
         raise GateFailed(
-            f"{type(error).__name__}: {error}", where=f"--evaluate {spec}", hint="it takes run(feeds)"
+            f"{type(error).__name__}: {first}", where=f"--evaluate {spec}", hint="it takes run(feeds)"
         ) from error

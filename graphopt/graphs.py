@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -165,7 +165,7 @@ def detach(node: ir.Node) -> list[ir.Value]:
 
 
 def captured_values(graph: ir.Graph) -> list[ir.Value]:
-    """The values that a body takes from the graphs around it, each once, in order of first use."""
+    """The values that a body takes from the graphs around it, each once, in a fixed order."""
     own: set[ir.Value] = set()
     captured: dict[ir.Value, None] = {}
     for inner in nested_graphs(graph):
@@ -181,9 +181,9 @@ def captured_values(graph: ir.Graph) -> list[ir.Value]:
 
 
 def value_names(model: ir.Model) -> set[str]:
-    """Every value name in use, bodies included (functions have scopes of their own)."""
+    """Every value name in use, bodies and functions included."""
     names: set[str] = set()
-    for graph in nested_graphs(model.graph):
+    for graph in all_graphs(model):
         names.update(value.name for value in graph.inputs if value.name)
         names.update(graph.initializers)
         names.update(output.name for node in graph for output in node.outputs if output.name)
@@ -212,26 +212,3 @@ def opset(model: ir.Model, domain: str = "") -> int:
     """The version of an operator domain that a model imports; 0 where it imports none."""
     imports = model.opset_imports
     return imports.get(domain, imports.get("ai.onnx", 0) if domain == "" else 0)
-
-
-def topological(nodes: Iterable[ir.Node]) -> list[ir.Node]:
-    """Nodes of one graph in an order in which each comes after those it reads from (within the given ones)."""
-    pending = list(nodes)
-    members = set(pending)
-    done: set[ir.Node] = set()
-    order: list[ir.Node] = []
-    for start in pending:
-        stack = [start]
-        while stack:
-            node = stack[-1]
-            if node in done:
-                stack.pop()
-                continue
-            waiting = [p for p in node.predecessors() if p in members and p not in done]
-            if waiting:
-                stack.extend(waiting)
-            else:
-                done.add(node)
-                order.append(node)
-                stack.pop()
-    return order

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt import gates, graphs
 from graphopt.errors import BadInput, GateFailed
 from graphopt.files import load_model, stage_model
 from graphopt.recipes import load_recipes, passes_of
-from graphopt.report import Report, Verification, environment, facts
+from graphopt.report import ModelFacts, Report, Verification, environment, facts
 from graphopt.rewrite.context import Application, Context
 from graphopt.rewrite.contract import Kind, Pass
 from graphopt.rewrite.manager import PassRecord, run_passes
@@ -136,6 +137,8 @@ def optimize(
     metric = gates.load_function(evaluate, "--evaluate") if isinstance(evaluate, str) else evaluate
     if minimum is not None and metric is None:
         raise BadInput("--min needs --evaluate MODULE:FN")
+    if conditions and not verify:
+        raise BadInput(f"--fail-if {conditions[0].text} has nothing to go by with --no-verify")
     recipes = load_recipes(recipe)
     feeds = read_feeds(calibration, model)
     plan = Plan(
@@ -148,6 +151,7 @@ def optimize(
     _require_budget(plan, verify=verify, has_budget=bool(conditions) or minimum is not None)
 
     undone: dict[str, str] = {}
+    size = 0
     reused: ir.Model | None = model
     for _ in range(MAX_ATTEMPTS):
         attempt = run_attempt(plan, skip=undone, model=reused, watch=verify, progress=say)
@@ -167,8 +171,15 @@ def optimize(
             if metric is not None:
                 say("evaluating")
                 verification.metric = _measure(metric, spec, source, staged.staged_path, minimum)
+            if conditions and verification.coverage["random"]:
+                raise GateFailed(
+                    "the model draws random numbers, so there is nothing to measure",
+                    where=f"--fail-if {conditions[0].text}",
+                    hint="nothing was written",
+                )
             for condition in conditions:
                 condition.check(verification)
+            size = sum(file.stat().st_size for file in staged.staged_path.parent.iterdir())
             staged.commit()
         break
     else:
@@ -178,7 +189,9 @@ def optimize(
     _count_undone(attempt.records, undone)
     return Report(
         input=before,
-        output=facts(attempt.model, destination),
+        output=ModelFacts(
+            str(destination), graphs.count_nodes(attempt.model), graphs.parameters(attempt.model)[0], size
+        ),
         passes=attempt.records,
         verification=verification,
         environment=environment(),
@@ -211,6 +224,7 @@ def run_attempt(
     if model is None:
         model = load_model(plan.source)
     declared = {output for node in graphs.all_nodes(model) for output in node.outputs if output.type is not None}
+    untyped = [(g, i) for g in graphs.all_graphs(model) for i, output in enumerate(g.outputs) if output.type is None]
     infer_shapes(model)
     shadow = Shadow(model) if watch else None
     context = Context(
@@ -224,17 +238,21 @@ def run_attempt(
     passes = plan.make_passes()
     told = None if progress is None else (lambda name, seconds: progress(f"{name} ({seconds:.1f} s)"))
     records = run_passes(context, passes, progress=told)
-    _forget_inferred(model, declared)
+    _forget_inferred(model, declared, untyped)
     return Attempt(model, context, records, shadow)
 
 
-def _forget_inferred(model: ir.Model, declared: set[ir.Value]) -> None:
+def _forget_inferred(model: ir.Model, declared: set[ir.Value], untyped: Sequence[tuple[ir.Graph, int]]) -> None:
     """Take away the types and shapes that only inference gave, so that the file holds what its author put there."""
     for node in graphs.all_nodes(model):
         for value in node.outputs:
             if value not in declared and not value.is_graph_output():
                 value.type = None
                 value.shape = None
+    for graph, index in untyped:  # outputs of bodies, which may leave their types to the node that has them
+        if index < len(graph.outputs):
+            graph.outputs[index].type = None
+            graph.outputs[index].shape = None
 
 
 def check(plan: Plan, attempt: Attempt, candidate: Path) -> _Checked:
@@ -249,7 +267,7 @@ def check(plan: Plan, attempt: Attempt, candidate: Path) -> _Checked:
 
     start = time.perf_counter()
     assert attempt.shadow is not None
-    judgement = judge(attempt.shadow, feed_source(plan), custom_ops=plan.custom_ops)
+    judgement = judge(attempt.shadow, feed_source(plan), custom_ops=plan.custom_ops, source=plan.source)
     if judgement.failed:
         return _Checked(Verification(), judgement.failed)
     outcome = check_whole(plan, judgement.reference, candidate, bitwise=attempt.bitwise, measure_only=attempt.lossy)
@@ -263,10 +281,8 @@ def check(plan: Plan, attempt: Attempt, candidate: Path) -> _Checked:
         return _Checked(verification, {culprit.key: outcome.reason})
     _describe_coverage(verification, plan, attempt, judgement)
     verification.seconds = time.perf_counter() - start
-    if (
-        not attempt.lossy
-        and verification.coverage["vacuous"]
-        and len(verification.coverage["vacuous"]) == len(judgement.reference.model.graph.outputs)
+    if verification.coverage["vacuous"] and len(verification.coverage["vacuous"]) == len(
+        judgement.reference.model.graph.outputs
     ):
         raise GateFailed(
             "verification is vacuous: every output is constant, or nowhere finite, on all inputs tried",
@@ -369,10 +385,24 @@ def feed_source(plan: Plan) -> Callable[[ir.Model, Callable[[Mapping[str, Any]],
         from graphopt.feeds import feeds_that_run
 
         if plan.feeds is not None:
-            return [plan.feeds[index] for index in range(min(CALIBRATION_CASES, len(plan.feeds)))]
+            cases = [plan.feeds[index] for index in range(min(CALIBRATION_CASES, len(plan.feeds)))]
+            return [{**_for_opaque(model, case, seed), **case} for seed, case in enumerate(cases)]
         return list(feeds_that_run(model, run))
 
     return make
+
+
+def _for_opaque(model: ir.Model, case: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Arrays for the inputs that stand for what an operator unknown to the runtime gives: nobody has real ones."""
+    from graphopt.feeds import synthesise_feeds
+    from graphopt.verification.runnable import OPAQUE
+
+    missing = [v.name for v in model.graph.inputs if v.name and v.name.startswith(OPAQUE) and v.name not in case]
+    if not missing:
+        return {}
+    shapes = {name: np.shape(array) for name, array in case.items() if not isinstance(array, list)}
+    made = synthesise_feeds(model, cases=1, seed=seed, shapes=shapes)[0]
+    return {name: made[name] for name in missing}
 
 
 def read_feeds(calibration: str | Path | None, model: ir.Model) -> Sequence[Mapping[str, Any]] | None:

@@ -60,7 +60,9 @@ def trusted_shape(value: ir.Value) -> ir.Shape | None:
     if _TRUSTED in value.meta:
         shape = value.meta[_TRUSTED]
         return shape if isinstance(shape, ir.Shape) else None
-    return None if value.is_graph_output() and not value.is_graph_input() else value.shape
+    if value.is_graph_input():
+        return None if value.shape is None else _without_placeholders(value.shape)
+    return None if value.is_graph_output() else value.shape
 
 
 def inherit_trust(value: ir.Value, source: ir.Value) -> None:
@@ -115,8 +117,11 @@ def _declare(info: onnx.ValueInfoProto, value: ir.Value, *, shape: ir.Shape | No
         return
     ir.serde.serialize_type_into(info.type, value.type)
     if shape is not None:
-        kept = [d if isinstance(d, int) or (d.value or "") not in _PLACEHOLDERS else None for d in shape]
-        ir.serde.serialize_shape_into(info.type, ir.Shape(kept))
+        ir.serde.serialize_shape_into(info.type, _without_placeholders(shape))
+
+
+def _without_placeholders(shape: ir.Shape) -> ir.Shape:
+    return ir.Shape([d if isinstance(d, int) or (d.value or "") not in _PLACEHOLDERS else None for d in shape])
 
 
 def _write_attribute(node: onnx.NodeProto, attribute: ir.Attr) -> None:

@@ -86,7 +86,14 @@ def verify(
         return run_case(session, narrow_feeds([case], preparation)[0])
 
     feeds = narrow_feeds(feed_source(plan)(original, run), preparation)
-    reference = make_reference(original, feeds, custom_ops=plan.custom_ops, session=session, preparation=preparation)
+    reference = make_reference(
+        original,
+        feeds,
+        custom_ops=plan.custom_ops,
+        session=session,
+        preparation=preparation,
+        source=plan.source,
+    )
     outcome = check_whole(plan, reference, Path(b), bitwise=bitwise, measure_only=bool(conditions))
     verification = outcome.verification
     vacuous = reference.vacuous()

@@ -78,7 +78,7 @@ def scales_of(weights: Array, scheme: Scheme) -> tuple[Array, Array | None]:
         span = high - low
         steps = highest - lowest
     # The smallest normal number keeps a scale from vanishing in a narrow type.
-    smallest = float(ml_dtypes.finfo(weights.dtype).smallest_normal)
+    smallest = float(ml_dtypes.finfo(weights.dtype).smallest_normal)  # type: ignore[no-untyped-call]
     scales = np.where(span > 0, np.maximum(span / steps, smallest), 1.0).astype(weights.dtype)
     if not scheme.symmetric:
         zeros = np.clip(np.rint(-low / scales.astype(np.float64)), lowest, highest).astype(np.uint8)
@@ -108,15 +108,15 @@ def dequantise(codes: Array, scales: Array, zeros: Array | None, scheme: Scheme)
     values = _cut(codes.astype(np.int32), scheme)
     if zeros is not None:
         values = values - _expand(zeros, scheme, everything, codes.ndim).astype(np.int32)
-    result = values.astype(wide) * _expand(scales, scheme, everything, codes.ndim).astype(wide)
+    result: Array = values.astype(wide) * _expand(scales, scheme, everything, codes.ndim).astype(wide)
     return result.reshape(codes.shape).astype(scales.dtype)
 
 
 def pack4(codes: Array) -> npt.NDArray[np.uint8]:
     """Two 4-bit codes a byte, the first in the low half, as ONNX packs int4 and uint4; the last may be alone."""
-    flat = codes.reshape(-1).view(np.uint8) & 0x0F
+    flat = codes.reshape(-1).view(np.uint8) & np.uint8(0x0F)
     packed = flat[0::2].copy()
-    packed[: flat.size // 2] |= flat[1::2] << 4
+    packed[: flat.size // 2] |= flat[1::2] << np.uint8(4)
     return packed
 
 

@@ -105,7 +105,6 @@ def passes_of(recipes: Sequence[Recipe], settings: Sequence[str] = ()) -> list[P
             origin[step.name] = f"recipe {recipe.name}"
     for setting in settings:
         name, key, value = _parse(setting)
-        get_pass(name)
         steps.setdefault(name, {})[key] = value
         origin[name] = f"--set {setting}"
     return [_make(name, values, origin[name]) for name, values in steps.items() if values.pop("enabled", True)]
@@ -123,7 +122,10 @@ def _parse(setting: str) -> tuple[str, str, Any]:
 
 
 def _make(name: str, values: Mapping[str, Any], origin: str) -> Pass:
-    cls = get_pass(name)
+    try:
+        cls = get_pass(name)
+    except BadInput as error:
+        raise BadInput(error.what, where=origin, hint=error.hint) from error
     if cls.Parameters is None:
         if values:
             raise BadInput(f"pass {name} takes no parameter '{next(iter(values))}'", where=origin)

@@ -137,16 +137,17 @@ class Context:
         for output, m in zip(outputs, models, strict=True):
             if m is not None:
                 inherit_trust(output, m)
-        made = [] if attributes is None else ir.convenience.convert_attributes(dict(attributes))
+        made = [] if attributes is None else ir.convenience.convert_attributes(dict(attributes))  # type: ignore[arg-type]
         return ir.Node(domain, op_type, inputs, made, outputs=outputs)
 
     def constant(self, array: np.ndarray | ir.TensorProtocol, name: str) -> ir.Value:
         """A new constant in no graph yet; ``replace`` puts it into the graph of the nodes that use it."""
-        tensor = ir.tensor(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+        # Not ascontiguousarray, which gives a scalar an axis.
+        tensor = ir.tensor(np.asarray(array, order="C")) if isinstance(array, np.ndarray) else array
         return ir.Value(
             name=name,
             type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(list(tensor.shape)),
+            shape=ir.Shape(tensor.shape.numpy()),
             const_value=tensor,
         )
 
@@ -274,6 +275,7 @@ class Context:
         assert self._current is not None
         self.applications.append(Application(f"{name}:foreign@model", name, "foreign", self._current.kind))
         self._names = self._node_names = None
+        self._pinned = frozenset(self.model.graph.inputs) | frozenset(self.model.graph.outputs)
         for observer in self.observers:
             observer.rewritten(self.model)
 
@@ -417,7 +419,7 @@ class Context:
         nodes: Sequence[ir.Node],
     ) -> None:
         for value in _new_constants(mapping, nodes):
-            if self._is_function_body(graph):
+            if self._is_function_body(graph) and value.const_value is not None:
                 # A function body holds no initializers.
                 node = ir.Node("", "Constant", [], [ir.AttrTensor("value", value.const_value)], outputs=[value])
                 graph.insert_before(anchor, node)
@@ -484,6 +486,7 @@ def _may_become_output(old: ir.Value, new: ir.Value) -> bool:
 def _new_constants(mapping: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]) -> list[ir.Value]:
     """The constants that a replacement brings along: values with a tensor that no graph holds and no node makes."""
     candidates = [value for node in nodes for value in node.inputs if value is not None]
+    candidates.extend(v for n in nodes for body in graphs.subgraphs(n) for v in graphs.captured_values(body))
     candidates.extend(mapping.values())
     found: dict[ir.Value, None] = {}
     for value in candidates:

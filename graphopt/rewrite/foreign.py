@@ -20,6 +20,7 @@ from graphopt import graphs
 from graphopt.errors import BadInput, MissingDependency
 from graphopt.rewrite.context import Context
 from graphopt.rewrite.contract import Explanation, ForeignPass, Kind, Pass, Stage
+from graphopt.verification.structure import sort_if_needed
 
 if TYPE_CHECKING:
     import onnx
@@ -61,6 +62,7 @@ def from_ir_pass(
                 raise
             if result.modified and result.model is not ctx.model:
                 transplant(ctx.model, result.model)
+            sort_if_needed(ctx.model)
             return bool(result.modified)
 
     return _named(IrPass, name, kind, stage, explanation)
@@ -133,6 +135,10 @@ def _apply_first(
                 for value in new.outputs:
                     value.name = None
             mapping = dict(zip(found.match.outputs, found.new_outputs, strict=True))
+            for old, value in mapping.items():
+                # What is known of the old value tells the target what the new one costs.
+                value.shape = value.shape or old.shape
+                value.type = value.type or old.type
             if ctx.replace(mapping, found.new_nodes, rule=rule.name or "rule", before=node):
                 return
 
@@ -232,7 +238,8 @@ def _slots(model: ir.Model) -> Iterator[_Slot]:
 
 
 def transplant(model: ir.Model, new: ir.Model) -> None:
-    """Give a model the graph, functions and opsets of another, which must not be used afterwards."""
+    """Give a model the graph, functions and opsets of another, in order; the other must not be used afterwards."""
+    sort_if_needed(new)
     new.graph.meta.update(model.graph.meta)
     model.graph = new.graph
     model.functions.clear()
@@ -243,11 +250,17 @@ def transplant(model: ir.Model, new: ir.Model) -> None:
 def apply_proto_function(model: ir.Model, function: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
     """Change a model by a function on protos that has no use for weights: it gets references to the large ones.
 
-    Names, documentation and metadata that the function drops are restored where names tell what they belonged to.
+    Names, documentation and metadata that the function drops are restored where names tell what they belonged to;
+    inputs and outputs keep the types and shapes that they were declared with.
     """
     aside = Aside(model)
     new = ir.from_proto(function(ir.to_proto(aside.model)))
     aside.put_back(new)
+    for ports, declared in ((new.graph.inputs, model.graph.inputs), (new.graph.outputs, model.graph.outputs)):
+        known = {value.name: value for value in declared}
+        for value in ports:
+            if value.name in known:
+                value.type, value.shape = known[value.name].type, known[value.name].shape
     restore_metadata(new, model)
     transplant(model, new)
 

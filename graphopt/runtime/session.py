@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import graphs
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.runtime.flavour import import_onnxruntime
 
@@ -152,21 +153,29 @@ def split_weights(model: ir.Model, *, threshold: int = _SMALL_BYTES) -> tuple[by
     weights: dict[str, np.ndarray[Any, Any]] = {}
     originals: list[tuple[ir.Value, ir.TensorProtocol]] = []
     try:
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None or tensor.nbytes <= threshold:
-                continue
-            if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
-                continue
-            weights[name] = tensor.numpy()
-            originals.append((value, tensor))
-            value.const_value = ir.ExternalTensor(
-                _HANDED_OVER, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
-            )
+        for graph in graphs.all_graphs(model):
+            for name, value in graph.initializers.items():
+                tensor = value.const_value
+                if tensor is None:
+                    continue
+                if graph is model.graph and tensor.nbytes > threshold and _can_be_handed_over(tensor):
+                    weights[name] = tensor.numpy()
+                    originals.append((value, tensor))
+                    value.const_value = ir.ExternalTensor(
+                        _HANDED_OVER, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
+                    )
+                elif isinstance(tensor, ir.ExternalTensor):
+                    # The bytes have no folder that its file could be found in.
+                    originals.append((value, tensor))
+                    value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
         return ir.to_proto(model).SerializeToString(), weights
     finally:
         for value, tensor in originals:
             value.const_value = tensor
+
+
+def _can_be_handed_over(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype != ir.DataType.STRING and tensor.dtype.bitwidth >= 8
 
 
 def reason(error: BaseException) -> str:

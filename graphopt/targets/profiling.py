@@ -90,7 +90,7 @@ def _seconds(model: bytes, feeds: dict[str, Any], threads: int) -> float:
 def _model(text: str) -> bytes:
     import onnx.parser
 
-    return onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{text}').SerializeToString()
+    return bytes(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]>\n{text}').SerializeToString())
 
 
 def _chain(length: int, op: str) -> bytes:

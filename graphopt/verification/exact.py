@@ -41,10 +41,23 @@ def evaluate(model: ir.Model, feeds: Mapping[str, Array], wanted: Sequence[ir.Va
     Raises:
         NotExact: See there.
     """
-    environment: Environment = {value: widen(feeds[value.name]) for value in model.graph.inputs if value.name in feeds}
+    inputs = [(value, value.name or "") for value in model.graph.inputs]
+    environment: Environment = {value: widen(feeds[name]) for value, name in inputs if name in feeds}
     values = list(model.graph.outputs) if wanted is None else list(wanted)
-    run_nodes(list(model.graph), environment, model, keep=values)
+    run_nodes(_needed(model.graph, values), environment, model, keep=values)
     return [_read(value, environment) for value in values]
+
+
+def _needed(graph: ir.Graph, wanted: Sequence[ir.Value]) -> list[ir.Node]:
+    """The nodes of a graph that some values depend on, in the graph's order."""
+    needed: set[ir.Node] = set()
+    pending = [node for value in wanted if (node := value.producer()) is not None]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending.extend(p for value in _reads(node) if (p := value.producer()) is not None)
+    return [node for node in graph if node in needed]
 
 
 def evaluate_between(model: ir.Model, known: Mapping[ir.Value, Array], wanted: ir.Value, *, limit: int = 200) -> Array:
@@ -76,8 +89,26 @@ def evaluate_between(model: ir.Model, known: Mapping[ir.Value, Array], wanted: i
             for body in graphs.subgraphs(node):
                 pending.extend(graphs.captured_values(body))
     environment: Environment = {value: widen(array) for value, array in known.items()}
-    run_nodes(graphs.topological(region), environment, model, keep=[wanted])
+    run_nodes(_in_order(region), environment, model, keep=[wanted])
     return np.asarray(_read(wanted, environment))
+
+
+def _in_order(region: Sequence[ir.Node]) -> list[ir.Node]:
+    """Nodes in an order in which each comes after those it reads from, in its bodies too."""
+    members = set(region)
+    order: dict[ir.Node, None] = {}
+    for start in region:
+        stack = [start]
+        while stack:
+            node = stack[-1]
+            producers = [value.producer() for value in _reads(node)]
+            waiting = [p for p in producers if p is not None and p in members and p not in order]
+            if waiting and node not in order:
+                stack.extend(waiting)
+            else:
+                order[node] = None
+                stack.pop()
+    return list(order)
 
 
 def widen(value: Any) -> Any:
@@ -224,13 +255,15 @@ def _axes(node: ir.Node, inputs: list[Any], default: tuple[int, ...] | None = No
         axes = tuple(int(axis) for axis in np.asarray(inputs[1]).ravel())
         return axes or default
     attribute = node.attributes.get("axes")
-    return tuple(attribute.as_ints()) if attribute is not None else default
+    return (tuple(attribute.as_ints()) or default) if attribute is not None else default
 
 
 def _reduce(function: Callable[..., Array]) -> Operator:
     def run(node: ir.Node, inputs: list[Any], opset: int) -> Any:
+        if inputs[0].dtype.kind != "f" and function in (np.mean, np.sum):
+            return None  # numpy's results have other types
         axes = _axes(node, inputs)
-        if axes is None and node.attributes.get_int("noop_with_empty_axes", 0):
+        if axes is None and node.attributes.get_int("noop_with_empty_axes", 0) == 1:
             return inputs[0]
         keep = bool(node.attributes.get_int("keepdims", 1))
         return np.asarray(function(inputs[0], axis=axes, keepdims=keep))
@@ -288,6 +321,9 @@ def _layer_norm(node: ir.Node, inputs: list[Any], opset: int) -> Any:
 
 
 def _gemm(node: ir.Node, inputs: list[Any], opset: int) -> Any:
+    if inputs[0].dtype.kind != "f":
+        return None
+    _limit_work(inputs[0].size * inputs[1].size / max(inputs[1].shape[node.attributes.get_int("transB", 0)], 1))
     a = inputs[0].T if node.attributes.get_int("transA", 0) else inputs[0]
     b = inputs[1].T if node.attributes.get_int("transB", 0) else inputs[1]
     y = node.attributes.get_float("alpha", 1.0) * (a @ b)
@@ -370,6 +406,34 @@ def _divide(node: ir.Node, inputs: list[Any], opset: int) -> Any:
     return (quotient * np.sign(a) * np.sign(b)).astype(a.dtype)
 
 
+def _along(value: Array, x: Array, axis: int) -> Array:
+    """A scale or zero point, one for the tensor or one for each index along an axis, ready to broadcast."""
+    return (
+        value if value.ndim == 0 or value.size == 1 else value.reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+    )
+
+
+def _quantise(node: ir.Node, inputs: list[Any], opset: int) -> Any:
+    if opset >= 19:
+        return None  # onnx's reference knows the newer ones alone
+    x, scale = inputs[0], inputs[1]
+    zero = inputs[2] if len(inputs) > 2 and inputs[2] is not None else np.array(0, np.uint8)
+    axis = node.attributes.get_int("axis", 1) % max(x.ndim, 1)
+    limits = np.iinfo(zero.dtype)
+    shifted = np.rint(x / _along(scale, x, axis)) + _along(zero.astype(np.float64), x, axis)
+    return np.clip(shifted, limits.min, limits.max).astype(zero.dtype)
+
+
+def _dequantise(node: ir.Node, inputs: list[Any], opset: int) -> Any:
+    if opset >= 19:
+        return None
+    x, scale = inputs[0].astype(np.float64), inputs[1]
+    axis = node.attributes.get_int("axis", 1) % max(x.ndim, 1)
+    if len(inputs) > 2 and inputs[2] is not None:
+        x = x - _along(inputs[2].astype(np.float64), x, axis)
+    return x * _along(scale, x, axis)
+
+
 def _limit_work(multiply_adds: float) -> None:
     if multiply_adds > MULTIPLY_ADD_LIMIT:
         raise NotExact("too much work for the float64 interpreter")
@@ -431,6 +495,8 @@ OPERATORS: dict[str, Operator] = {
     "ReduceMax": _reduce(np.max),
     "ReduceMin": _reduce(np.min),
     "Cast": _cast,
+    "QuantizeLinear": _quantise,
+    "DequantizeLinear": _dequantise,
     "CastLike": lambda node, inputs, opset: (
         inputs[0] if inputs[0].dtype.kind == "f" and inputs[1].dtype.kind == "f" else None
     ),

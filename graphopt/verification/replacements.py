@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.rewrite.contract import Kind
 from graphopt.verification import exact, runnable
-from graphopt.verification.shadow import Pair, Shadow, Surface
+from graphopt.verification.shadow import Epoch, Pair, Shadow, Surface
 from graphopt.verification.tolerance import is_float, same_bits, why_different, within_eps
 from graphopt.verification.whole import Reference, make_reference, narrow_feeds, run_case, session_for
 
@@ -38,106 +38,132 @@ class Judgement:
 MakeFeeds = Callable[[ir.Model, Callable[[Mapping[str, Any]], object]], Sequence[Mapping[str, Any]]]
 
 
-def judge(shadow: Shadow, make_feeds: MakeFeeds, *, custom_ops: Path | None = None) -> Judgement:
+def judge(
+    shadow: Shadow, make_feeds: MakeFeeds, *, custom_ops: Path | None = None, source: Path | None = None
+) -> Judgement:
     """Run the shadow on every case and compare each replaced value with its replacement.
 
     Args:
         shadow: Changed: sorted, values brought out of branches.
         make_feeds: Gives the cases, from the original and a function that runs it once.
         custom_ops: A library of custom operators.
+        source: The original's file, where it has one.
     """
     shadow.finish()
-    preparation = runnable.prepare(shadow.model, has_custom_ops=custom_ops is not None)
-    surface = Surface(shadow.model)
-    shown: list[tuple[Pair, ir.Value, ir.Value, dict[ir.Value, ir.Value]]] = []
-    unchecked: dict[str, None] = {}
-    alive = {value for node in shadow.model.graph for value in node.outputs}
-    alive.update(shadow.model.graph.inputs)
-    alive.update(shadow.model.graph.initializers.values())
-
-    def bring_out(value: ir.Value) -> ir.Value | None:
-        return value if graphs.is_constant(value) else surface.bring_out(value)
-
-    def visible(value: ir.Value) -> bool:
-        return value in alive or value in surface.added or graphs.is_constant(value)
-
-    for pair in shadow.pairs:
-        original, replacement = bring_out(pair.original), bring_out(pair.replacement)
-        if original is None or replacement is None or not visible(original) or not visible(replacement):
-            unchecked[pair.application.key] = None
-            continue
-        boundary: dict[ir.Value, ir.Value] = {}
-        if pair.application.kind is Kind.ROUNDING:
-            for value in pair.boundary:
-                shown_as = bring_out(value)
-                if shown_as is not None:
-                    boundary[value] = shown_as
-        shown.append((pair, original, replacement, boundary))
-
-    wanted = dict.fromkeys(
-        v for _, o, r, b in shown for v in (o, r, *b.values()) if v.producer() is not None and not graphs.is_constant(v)
-    )
-    session = session_for(shadow.model, custom_ops=custom_ops, outputs=list(wanted))
-    own = [value.name or "" for value in shadow.model.graph.outputs]
-    given = make_feeds(shadow.model, lambda case: run_case(session, narrow_feeds([case], preparation)[0], own))
+    preparations = [runnable.prepare(epoch.model, has_custom_ops=custom_ops is not None) for epoch in shadow.epochs]
+    views = [_View(epoch, custom_ops) for epoch in shadow.epochs]
+    first, preparation = views[0], preparations[0]
+    model = first.epoch.model
+    own = [value.name or "" for value in model.graph.outputs]
+    given = make_feeds(model, lambda case: run_case(first.session, narrow_feeds([case], preparation)[0], own))
     feeds = narrow_feeds(given, preparation)
-    reference = make_reference(shadow.model, feeds, custom_ops=custom_ops, session=session, preparation=preparation)
-    verdict = Judgement(reference, unchecked=list(unchecked))
-    if reference.random or not shown:
-        return verdict
-    names = [value.name or "" for value in wanted]
+    reference = make_reference(
+        model, feeds, custom_ops=custom_ops, session=first.session, preparation=preparation, source=source
+    )
+    verdict = Judgement(reference, unchecked=list(shadow.unknown))
     judged: set[str] = set()
-    for case in feeds:
-        results = run_case(session, case, names)
-        values = {value: results[value.name or ""] for value in wanted}
-        for value in shadow.model.graph.inputs:
-            if value.name in case:
-                values[value] = case[value.name]
-        for pair, original, replacement, boundary in shown:
-            key = pair.application.key
-            if key in verdict.failed:
-                continue
-            if _branch_not_taken(original, replacement, surface, values):
-                continue
-            judged.add(key)
-            reason = _judge_pair(shadow, pair, original, replacement, boundary, values)
-            if reason is not None:
-                verdict.failed[key] = reason
-    verdict.unchecked.extend(sorted({pair.application.key for pair, *_ in shown} - judged - unchecked.keys()))
-    verdict.checked = len(judged - unchecked.keys())
+    for view, prepared in zip(views, preparations, strict=True):
+        if (prepared.twin, prepared.opaque) == (preparation.twin, preparation.opaque):
+            verdict.unchecked.extend(view.unchecked)
+            for case in feeds if view.shown else ():
+                view.judge(case, verdict.failed, judged)
+    seen = [pair.application.key for view in views for pair, *_ in view.shown]
+    verdict.unchecked.extend(dict.fromkeys(key for key in seen if key not in judged))
+    verdict.unchecked = list(dict.fromkeys(verdict.unchecked))
+    verdict.checked = len(judged.difference(verdict.unchecked))
     return verdict
 
 
-def _branch_not_taken(original: ir.Value, replacement: ir.Value, surface: Surface, values: dict[ir.Value, Any]) -> bool:
-    """Whether a value in a branch was replaced by a constant, and the branch did not run: it shows nothing then."""
-    if not graphs.is_constant(replacement) or original not in surface.added:
-        return False
-    return np.shape(values[original]) == (0,)
+class _View:
+    """One epoch of a shadow, and a session that returns what was replaced there and what took its place."""
+
+    def __init__(self, epoch: Epoch, custom_ops: Path | None) -> None:
+        self.epoch = epoch
+        self.surface = Surface(epoch.model)
+        self.shown: list[tuple[Pair, ir.Value, ir.Value, dict[ir.Value, ir.Value]]] = []
+        self.unchecked: dict[str, None] = {}
+        self._alive = {value for node in epoch.model.graph for value in node.outputs}
+        self._alive.update(epoch.model.graph.inputs)
+        self._alive.update(epoch.model.graph.initializers.values())
+        for pair in epoch.pairs:
+            self._show(pair)
+        returned = dict.fromkeys(v for _, o, r, b in self.shown for v in (o, r, *b.values()))
+        self._wanted = [v for v in returned if v.producer() is not None and not graphs.is_constant(v)]
+        self.session = session_for(epoch.model, custom_ops=custom_ops, outputs=self._wanted)
+
+    def _show(self, pair: Pair) -> None:
+        original, replacement = self._bring_out(pair.original), self._bring_out(pair.replacement)
+        if original is None or replacement is None or pair.random:
+            self.unchecked[pair.application.key] = None
+            return
+        boundary: dict[ir.Value, ir.Value] = {}
+        if pair.application.kind is Kind.ROUNDING:
+            for value in pair.boundary:
+                shown_as = self._bring_out(value)
+                if shown_as is not None:
+                    boundary[value] = shown_as
+        self.shown.append((pair, original, replacement, boundary))
+
+    def _bring_out(self, value: ir.Value) -> ir.Value | None:
+        if graphs.is_constant(value):
+            return value
+        found = self.surface.bring_out(value)
+        return found if found is not None and (found in self._alive or found in self.surface.added) else None
+
+    def judge(self, case: Mapping[str, Any], failed: dict[str, str], judged: set[str]) -> None:
+        """Compare on one case; write into ``failed`` and ``judged``."""
+        results = run_case(self.session, case, [value.name or "" for value in self._wanted])
+        values = {value: results[value.name or ""] for value in self._wanted}
+        for value in self.epoch.model.graph.inputs:
+            if value.name and value.name in case:
+                values[value] = case[value.name]
+        merged_unequals = False
+        for pair, original, replacement, boundary in self.shown:
+            key = pair.application.key
+            if self._not_taken(original, values):
+                continue
+            if key in failed:
+                merged_unequals = merged_unequals or pair.merge
+                continue
+            before, after = _value(original, values), _value(replacement, values)
+            if not isinstance(before, np.ndarray) or not isinstance(after, np.ndarray):
+                continue  # sequences and optionals: the whole model judges them
+            reason = _judge_pair(self.epoch.model, pair, before, after, boundary, values)
+            if reason is not None and pair.doubtful and merged_unequals:
+                continue  # an earlier merge may be to blame; without that, or with the whole model, this shows too
+            merged_unequals = merged_unequals or (pair.merge and not same_bits(before, after))
+            judged.add(key)
+            if reason is not None:
+                failed[key] = reason
+
+    def _not_taken(self, original: ir.Value, values: dict[ir.Value, Any]) -> bool:
+        """Whether the replaced value stands in a branch that did not run: it shows nothing then."""
+        return original in self.surface.added and np.shape(values[original]) == (0,)
 
 
 def _judge_pair(
-    shadow: Shadow,
+    model: ir.Model,
     pair: Pair,
-    original: ir.Value,
-    replacement: ir.Value,
+    before: np.ndarray[Any, Any],
+    after: np.ndarray[Any, Any],
     boundary: dict[ir.Value, ir.Value],
     values: dict[ir.Value, Any],
 ) -> str | None:
-    before, after = _value(original, values), _value(replacement, values)
-    if not isinstance(before, np.ndarray) or not isinstance(after, np.ndarray):
-        return None  # sequences and optionals: the whole model judges them
     if pair.application.kind is Kind.LOSSY or same_bits(before, after):
         return None
     bitwise = pair.application.kind is Kind.BITWISE
     comparable = before.shape == after.shape and before.dtype == after.dtype and is_float(before)
+    comparable = comparable and before.dtype.kind != "c"
     if bitwise or not comparable or within_eps(after, before):
         return why_different(after, before, bitwise=bitwise)
     precise = None
     try:
         known = {value: np.asarray(_value(shown_as, values)) for value, shown_as in boundary.items()}
-        precise = exact.evaluate_between(shadow.model, known, pair.original)
+        precise = exact.evaluate_between(model, known, pair.original)
     except exact.NotExact:
         pass
+    if precise is not None and precise.shape != before.shape:
+        precise = None
     return why_different(after, before, exact=precise)
 
 

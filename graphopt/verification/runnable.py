@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -21,6 +22,8 @@ NARROW = frozenset(
         ir.DataType.FLOAT8E5M2FNUZ,
     }
 )
+OPAQUE = "opaque:"
+"""What the inputs and outputs that stand for a node cut out are called, at the beginning."""
 # Attributes that hold a data type, by operator.
 _TYPE_ATTRIBUTES = {"to", "dtype", "output_dtype"}
 
@@ -150,44 +153,50 @@ def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.LazyTensor(
         lambda: ir.tensor(tensor.numpy().astype(np.float32)),
         dtype=ir.DataType.FLOAT,
-        shape=ir.Shape(list(tensor.shape)),
+        shape=ir.Shape(tensor.shape.numpy()),
         name=tensor.name,
     )
 
 
 def _cut_opaque(model: ir.Model, done: Preparation) -> None:
     graph = model.graph
-    unknown = [node for node in graph if not is_known(node, model)]
-    if not unknown:
-        if any(not is_known(node, model) for node in graphs.all_nodes(model)):
-            raise GraphoptError(
-                "an operator that ONNX Runtime does not know stands inside a body or function, which cannot be checked",
-                hint="give its library with --custom-ops, or skip the check with --no-verify",
-            )
+    everywhere = [node for node in graphs.all_nodes(model) if not is_known(node, model)]
+    if not everywhere:
         return
+    unknown = [node for node in graph if not is_known(node, model)]
+    if len(unknown) < len(everywhere):
+        raise GraphoptError(
+            "an operator that ONNX Runtime does not know stands inside a body or function, which cannot be checked",
+            hint="give its library with --custom-ops, or skip the check with --no-verify",
+        )
     lost: set[ir.Value] = set()
+    labels: Counter[str] = Counter()
     for node in unknown:
-        done.opaque.append(node.name or node.op_type)
+        # Inputs and outputs are named after the opaque node, which no rewrite touches, so that they are called the same
+        # in every version of the model; the values that it reads and makes may change their names.
+        label = node.name or node.op_type
+        labels[label] += 1
+        label = label if labels[label] == 1 else f"{label}#{labels[label]}"
+        done.opaque.append(label)
         for index, value in enumerate(node.inputs):
-            if value is not None and value.producer() is not None and value not in lost and value.dtype is not None:
-                # Named after the opaque node, which no rewrite touches: the name is the same in every version.
-                shown = ir.Value(name=f"opaque:{node.name or node.op_type}:{index}", type=value.type, shape=value.shape)
+            if value is not None and value not in lost and value.dtype is not None:
+                shown = ir.Value(name=f"{OPAQUE}{label}:{index}", type=value.type, shape=value.shape)
                 graph.insert_before(node, ir.Node("", "Identity", [value], outputs=[shown]))
                 graph.outputs.append(shown)
         if not all(value.dtype is not None and value.shape is not None for value in node.outputs):
             lost.update(node.outputs)
             continue
-        for value in node.outputs:
-            source = ir.Value(name=f"opaque:{value.name}", type=value.type, shape=value.shape)
+        for index, value in enumerate(node.outputs):
+            source = ir.Value(name=f"{OPAQUE}{label}:out{index}", type=value.type, shape=value.shape)
             graph.inputs.append(source)
             if value.is_graph_output():
                 copy = ir.Node("", "Identity", [source], outputs=[ir.Value(name=value.name, type=value.type)])
                 graph.insert_after(node, copy)
                 source_for_output = copy.outputs[0]
                 value.name = None
-                for index, output in enumerate(graph.outputs):
+                for place, output in enumerate(graph.outputs):
                     if output is value:
-                        graph.outputs[index] = source_for_output
+                        graph.outputs[place] = source_for_output
             for use in tuple(value.uses()):
                 use.node.replace_input_with(use.idx, source)
         _detach(graph, node)

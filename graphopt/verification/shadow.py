@@ -73,7 +73,7 @@ class Shadow:
         self._values: dict[ir.Value, ir.Value] = {}
         self._graphs: dict[ir.Graph, ir.Graph] = {}
         self._outer: dict[ir.Graph, ir.Graph] = {}
-        # A reader of a value that took another one's place -> the value that it meant; and the values with such readers.
+        # Reader of a value that took the place of another -> the value that it meant; and the values with such readers.
         self._meant: dict[tuple[ir.Node, int], ir.Value] = {}
         self._merged: set[ir.Value] = set()
         # Function bodies cannot be looked into, so they are cloned the library's way and not mirrored.
@@ -97,7 +97,7 @@ class Shadow:
         first = next(iter(outputs))
         producer = first.producer()
         owner = producer.graph if producer is not None else first.graph
-        graph = self._graphs.get(owner) if owner is not None else None  # type: ignore[arg-type]
+        graph = self._graphs.get(owner) if owner is not None else None
         if graph is None:
             return
         captured = [[v for body in graphs.subgraphs(n) for v in graphs.captured_values(body)] for n in nodes]
@@ -332,9 +332,10 @@ class Surface:
         if graph is self._main:
             return value
         owner = self._owners.get(graph) if isinstance(graph, ir.Graph) else None
-        if owner is None or owner.op_type != "If" or producer is None or value.dtype is None:
+        dtype = value.dtype
+        if owner is None or owner.op_type != "If" or producer is None or dtype is None:
             return None
-        if not isinstance(value.type, ir.TensorType):
+        if not isinstance(value.type, ir.TensorType) or not isinstance(graph, ir.Graph):
             return None
         if value.is_graph_output():
             # The branch's own output also shows the other branch's value; this one must show nothing when not taken.
@@ -345,7 +346,7 @@ class Surface:
             graph.append(copy)
             value = copy.outputs[0]
         for body in graphs.subgraphs(owner):
-            body.outputs.append(value if body is graph else self._nothing(body, value.dtype))
+            body.outputs.append(value if body is graph else self._nothing(body, dtype))
         self._count += 1
         owner.resize_outputs(len(owner.outputs) + 1)
         shown = owner.outputs[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -55,13 +56,14 @@ def differences(expected: Interface, found: Interface) -> list[str]:
 def check_structure(model: ir.Model, expected: Interface | None = None) -> list[str]:
     """Everything that is wrong with a model's structure, one line each.
 
-    Checked: every input of a node is visible and produced before it, names are unique in their scope, outputs exist,
-    constants have a tensor, and (where ``expected`` is given) the interface is unchanged.
+    Checked: every input of a node is visible, has a name and is produced before it, names are unique in their scope
+    and those around it, domains are imported, outputs exist, constants have a tensor, and (where ``expected`` is given)
+    the interface is unchanged.
     """
     problems: list[str] = []
-    _check_graph(model.graph, frozenset(), problems)
+    _check_graph(model.graph, model.opset_imports, (), problems)
     for function in model.functions.values():
-        _check_graph(function.graph, frozenset(), problems)
+        _check_graph(function.graph, function.opset_imports, (), problems)
     if expected is not None:
         problems.extend(differences(expected, interface_of(model)))
     return problems
@@ -93,32 +95,54 @@ def _reads(node: ir.Node) -> list[ir.Value]:
     return values
 
 
-def _check_graph(graph: ir.Graph, outer: frozenset[ir.Value], problems: list[str]) -> None:
+def _check_graph(
+    graph: ir.Graph,
+    imports: Mapping[str, int],
+    outer: Sequence[tuple[set[ir.Value], set[str]]],
+    problems: list[str],
+) -> None:
     visible: set[ir.Value] = set(graph.inputs)
     visible.update(graph.initializers.values())
-    names: set[str] = {value.name for value in visible if value.name}
+    names: set[str] = set()
+    for value in visible:
+        _take_name(value, f"graph {graph.name}", names, outer, problems)
     problems.extend(
         f"initializer {name} has no tensor" for name, value in graph.initializers.items() if value.const_value is None
     )
+    scopes = [*outer, (visible, names)]
     for node in graph:
-        problems.extend(
-            f"{_label(node)} reads {value.name}, which nothing before it produces"
-            for value in node.inputs
-            if value is not None and value not in visible and value not in outer
-        )
+        for read in node.inputs:
+            if read is None:
+                continue
+            if read not in visible and not any(read in seen for seen, _ in outer):
+                problems.append(f"{_label(node)} reads {read.name}, which nothing before it produces")
+            elif not read.name:
+                problems.append(f"{_label(node)} reads a value that has no name")
+        if node.domain and node.domain not in imports:
+            problems.append(f"{_label(node)} is of domain {node.domain}, which is not imported")
         for body in graphs.subgraphs(node):
-            _check_graph(body, outer | visible, problems)
+            _check_graph(body, imports, scopes, problems)
         for value in node.outputs:
-            if value.name:
-                if value.name in names:
-                    problems.append(f"{_label(node)} produces {value.name}, which exists already")
-                names.add(value.name)
+            _take_name(value, _label(node), names, outer, problems)
             visible.add(value)
     problems.extend(
         f"output {value.name} of graph {graph.name} is not produced"
         for value in graph.outputs
-        if value not in visible and value not in outer
+        if value not in visible and not any(value in seen for seen, _ in outer)
     )
+
+
+def _take_name(
+    value: ir.Value,
+    who: str,
+    names: set[str],
+    outer: Sequence[tuple[set[ir.Value], set[str]]],
+    problems: list[str],
+) -> None:
+    if value.name:
+        if value.name in names or any(value.name in taken for _, taken in outer):
+            problems.append(f"{who} produces {value.name}, which exists already")
+        names.add(value.name)
 
 
 def _label(node: ir.Node) -> str:

@@ -77,6 +77,7 @@ class FoldConstants(Pass):
     )
 
     def apply(self, ctx: Context) -> None:
+        ctx.near_misses.pop(self.name, None)  # each round looks at every node: what stopped an earlier one may be gone
         self._lift_constants(ctx)
         values = ShapeValues(ctx.opset)
         folding = _Folding(ctx, values)

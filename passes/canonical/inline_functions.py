@@ -35,7 +35,8 @@ class InlineFunctions(ForeignPass):
 
         model = ctx.model
         chosen = {key for key, function in model.functions.items() if _may_inline(function, ctx)}
-        chosen -= _in_circles(model)
+        circles = _in_circles(model)
+        chosen -= circles
         calls = [node for node in graphs.all_nodes(model) if node.op_identifier() in chosen]
         for node in calls:
             function = model.functions[node.op_identifier()]
@@ -47,13 +48,20 @@ class InlineFunctions(ForeignPass):
                 chosen.discard(node.op_identifier())
         if not any(node.op_identifier() in chosen for node in calls):
             return False
+        for node in calls:
+            # The inliner wants as many outputs as the function has.
+            if node.op_identifier() in chosen:
+                node.resize_outputs(len(model.functions[node.op_identifier()].outputs))
         for key in chosen:
             function = model.functions[key]
             for domain in function.opset_imports:
                 if domain in model.opset_imports:
                     function.opset_imports[domain] = model.opset_imports[domain]
             _separate_outputs(function)
+        # It gives up on a model with a circle anywhere.
+        away = {key: model.functions.pop(key) for key in circles}
         InlinePass(criteria=lambda function: function.identifier() in chosen)(model)
+        model.functions.update(away)
         _make_names_unique(ctx)
         return True
 

@@ -47,6 +47,7 @@ class RemoveBranches(RulePass):
     def _if(self, node: ir.Node, ctx: Context) -> bool:
         condition = self._truth(node.inputs[0])
         if condition is None:
+            ctx.refuse(node, "its condition depends on data, or on axes whose sizes are not known")
             return False
         attribute = node.attributes["then_branch" if condition else "else_branch"]
         if attribute.is_ref():

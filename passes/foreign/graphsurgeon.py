@@ -28,7 +28,10 @@ class Parameters(BaseModel):
 
 
 class Graphsurgeon(ForeignPass):
-    """Runs once, before every other pass: a user's surgery need not be one that can be repeated."""
+    """A function of the user changes the model as an onnx-graphsurgeon graph.
+
+    It runs once, before every other pass: a user's surgery need not be one that can be repeated.
+    """
 
     name = "graphsurgeon"
     kind = Kind.ROUNDING

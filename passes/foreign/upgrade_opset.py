@@ -34,14 +34,14 @@ class Parameters(BaseModel):
 
 
 class UpgradeOpset(ForeignPass):
-    """Other passes never raise the opset; this one does, where a recipe names it."""
+    """The model moves to a newer opset, as other passes never do; no recipe names it unless the user's does."""
 
     name = "upgrade-opset"
     kind = Kind.ROUNDING
     stage = Stage.IMPORT
     explanation = Explanation(
         matches="a model whose opset is lower than the one asked for (default: the highest that the target takes)",
-        refuses="opsets beyond what the target or the converter takes, and a result that is not valid in the new opset; "
+        refuses="opsets beyond what the target or the converter takes, and a result not valid in the new opset; "
         "an opset is never lowered",
         costs="functions are inlined; some operators become several in the new opset",
         source="onnx.version_converter up to opset 18, onnxscript's from there on; large weights stay outside",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
@@ -24,7 +25,7 @@ _BROADCAST = frozenset(
         *("Less", "LessOrEqual", "Greater", "GreaterOrEqual"),
     }
 )
-_DEEPEST = 200
+_DEEPEST = 60  # each step takes a few frames of Python's stack
 
 
 class Sizes(ShapeValues):
@@ -35,14 +36,45 @@ class Sizes(ShapeValues):
         self._sizes: dict[str | tuple[ir.Value, int], Element] = {}
         self._untraced: set[tuple[ir.Value, int]] = set()
         self._smaller: dict[Element, tuple[int, Element]] = {}
+        self._ranks: dict[ir.Value, int | None] = {}
         self._depth = 0
 
     def all(self, value: ir.Value | None) -> tuple[Element, ...] | None:
         """The sizes of all axes; None where their number is not known."""
-        shape = None if value is None else trusted_shape(value)
-        if value is None or shape is None:
+        rank = self.rank(value)
+        return None if value is None or rank is None else tuple(self.size(value, axis) for axis in range(rank))
+
+    def rank(self, value: ir.Value | None) -> int | None:
+        """The number of axes, where inference or the operators before a value tell it."""
+        if value is None:
             return None
-        return tuple(self.size(value, axis) for axis in range(len(shape)))
+        shape = trusted_shape(value)
+        if shape is not None:
+            return len(shape)
+        if value not in self._ranks:
+            self._ranks[value] = None
+            self._depth += 1
+            self._ranks[value] = None if self._depth > _DEEPEST else self._axes_of(value)
+            self._depth -= 1
+        return self._ranks[value]
+
+    def _axes_of(self, value: ir.Value) -> int | None:
+        node = value.producer()
+        if node is None or node.domain != "" or node.outputs[0] is not value:
+            return None
+        if node.op_type == "Reshape":
+            wanted = self.numbers(node.inputs[1])
+            return None if wanted is None else len(wanted)
+        if node.op_type == "Transpose":
+            return self.rank(node.inputs[0])
+        if node.op_type in _SAME_SHAPE:
+            return self.rank(node.inputs[0])
+        if node.op_type in _BROADCAST or node.op_type == "MatMul":
+            ranks = [self.rank(v) for v in node.inputs]
+            known = [r for r in ranks if r is not None]
+            least = 2 if node.op_type == "MatMul" else 0
+            return max(known) if len(known) == len(ranks) and min(known) >= least else None
+        return None
 
     def size(self, value: ir.Value, axis: int) -> Element:
         """The size of an axis, counted from the front: a number, or an expression."""
@@ -53,7 +85,7 @@ class Sizes(ShapeValues):
         name = None if known is None else known.value
         if name is not None and not name.startswith(INVENTED):
             return Expression.axis(name)
-        # An invented name stands for one size wherever it is found; it may be traced back in one place and not in others.
+        # An invented name stands for one size wherever it is found; in some places it can be traced back.
         key: str | tuple[ir.Value, int] = name or (value, axis)
         if key not in self._sizes:
             self._depth += 1
@@ -92,18 +124,18 @@ class Sizes(ShapeValues):
         return tuple(result)
 
     def _of_shape(self, node: ir.Node) -> Elements | None:
-        known = super()._of_shape(node)
         sizes = self.all(node.inputs[0])
         start, end = int_attribute(node, "start", 0), int_attribute(node, "end", 1 << 30)
-        if node.op_type != "Shape" or sizes is None or known is None or start is None or end is None:
-            return known
-        for index, size in enumerate(sizes[start:end]):
-            known[index] = size
-        return known
+        if node.op_type != "Shape" or sizes is None or start is None or end is None:
+            return super()._of_shape(node)
+        chosen = sizes[start:end]
+        elements = np.empty(len(chosen), object)
+        elements[:] = chosen
+        return elements
 
     def _follow(self, value: ir.Value, axis: int) -> Element | None:
         node = value.producer()
-        rank = _rank(value)
+        rank = self.rank(value)
         if node is None or rank is None or node.outputs[0] is not value:
             return None
         op, source = node.op_type, node.inputs[0] if node.inputs else None
@@ -133,13 +165,13 @@ class Sizes(ShapeValues):
             return self._expanded(node, source, axis, rank)
         if op == "Gather":
             indices = node.inputs[1]
-            known = _rank(indices)
+            known = self.rank(indices)
             if indices is not None and known is not None and int_attribute(node, "axis", 0) == 0 and axis < known:
                 return self.size(indices, axis)
             return None
         if op == "GatherND":
             indices = node.inputs[1]
-            known = _rank(indices)
+            known = self.rank(indices)
             if indices is not None and known is not None and axis < known - 1:
                 return self.size(indices, axis)
             return None
@@ -151,7 +183,7 @@ class Sizes(ShapeValues):
 
     def _product(self, node: ir.Node, axis: int, rank: int) -> Element | None:
         left, right = node.inputs[:2]
-        a, b = _rank(left), _rank(right)
+        a, b = self.rank(left), self.rank(right)
         if left is None or right is None or a is None or b is None or a < 2 or b < 2:
             return None
         if axis == rank - 1:
@@ -164,7 +196,7 @@ class Sizes(ShapeValues):
     def _broadcast(self, inputs: Sequence[ir.Value | None], axis: int, rank: int) -> Element | None:
         result: Element = 1
         for operand in inputs:
-            known = _rank(operand)
+            known = self.rank(operand)
             if operand is None or known is None:
                 return None
             place = axis - (rank - known)
@@ -201,7 +233,7 @@ class Sizes(ShapeValues):
         return 1 if axis in new else self.size(source, axis - sum(1 for a in new if a < axis))
 
     def _expanded(self, node: ir.Node, source: ir.Value, axis: int, rank: int) -> Element | None:
-        wanted, known = self.numbers(node.inputs[1]), _rank(source)
+        wanted, known = self.numbers(node.inputs[1]), self.rank(source)
         if wanted is None or known is None:
             return None
         place, inner = axis - (rank - len(wanted)), axis - (rank - known)
@@ -221,7 +253,7 @@ class Sizes(ShapeValues):
             return None
         start, end, axes = (self.numbers(value) for value in node.inputs[1:4])
         steps = self.numbers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else (1,)
-        rank = _rank(source)
+        rank = self.rank(source)
         if axes is None or rank is None or any(not isinstance(a, int) for a in axes):
             return None
         if axis not in {int(a) % rank for a in axes if isinstance(a, int)}:
@@ -237,13 +269,8 @@ class Sizes(ShapeValues):
         return smaller
 
 
-def _rank(value: ir.Value | None) -> int | None:
-    shape = None if value is None else trusted_shape(value)
-    return None if shape is None else len(shape)
-
-
 def _quotient(whole: Sequence[Element], parts: Sequence[Element]) -> Element | None:
-    """The product of some sizes over the product of others, where that is a size or a number."""
+    """The product of some sizes over the product of others, where that comes out even."""
     left: list[Element] = list(whole)
     number = 1
     for part in parts:
@@ -253,16 +280,11 @@ def _quotient(whole: Sequence[Element], parts: Sequence[Element]) -> Element | N
             number *= part
         else:
             return None
-    product = 1
-    rest: list[Expression] = []
+    product = Expression.of(1)
     for size in left:
-        if isinstance(size, Expression):
-            rest.append(size)
-        else:
-            product *= int(size)
-    if number == 0 or product % number or len(rest) > 1 or (rest and product != number):
-        return None
-    return rest[0] if rest else product // number
+        product = product.times(Expression.of(size))
+    quotient = product.divided(number)
+    return None if quotient is None else quotient.simplified()
 
 
 def reshape_of(sizes: Sizes, value: ir.Value | None) -> tuple[ir.Value, tuple[Element, ...]] | None:

@@ -13,7 +13,6 @@ from graphopt.passes.fuse._match import (
     int_attribute,
     made_by,
     permutation,
-    rank_of,
     scalar_beside,
     split_scalar,
 )
@@ -89,7 +88,7 @@ class FuseAttention(RulePass):
 
     def _rewrite(self, node: ir.Node, ctx: Context) -> bool:
         sizes = self._sizes
-        product, values, guarded = _weighted(node)
+        product, values, guarded = _weighted(node, sizes)
         scores = _scores(node, sizes)
         merged, together = _merged(product, sizes)
         if merged.dtype is not ir.DataType.FLOAT:
@@ -111,7 +110,7 @@ class FuseAttention(RulePass):
         if scores.mask is not None:
             guarded = guarded and not _finite(scores.mask)
             mask = _mask(scores.mask, q, k, nodes, sizes, ctx)
-        sources, bias = _biases((q, k, v), ctx)
+        sources, bias = _biases((q, k, v), sizes, ctx)
         attention = ctx.node(
             "MultiHeadAttention",
             [*sources, bias, None, mask] if mask is not None else [*sources, bias] if bias is not None else sources,
@@ -143,9 +142,9 @@ def _sole(value: ir.Value, op_type: str) -> ir.Node:
     return readers[0]
 
 
-def _weighted(softmax: ir.Node) -> tuple[ir.Value, ir.Value, bool]:
+def _weighted(softmax: ir.Node, sizes: Sizes) -> tuple[ir.Value, ir.Value, bool]:
     """What the probabilities are multiplied with: the product, the values, and whether NaN is replaced by 0 before."""
-    known = rank_of(softmax.outputs[0]) or rank_of(softmax.inputs[0])
+    known = sizes.rank(softmax.outputs[0])
     # Before opset 13 Softmax flattened all axes from the given one on; with the last axis both mean the same.
     axis = int_attribute(softmax, "axis", -1)
     if known not in (None, 4) or axis is None or (axis != -1 and (known is None or axis != known - 1)):
@@ -325,7 +324,7 @@ def _mask(mask: ir.Value, q: _Heads, k: _Heads, nodes: list[ir.Node], sizes: Siz
     return mask
 
 
-def _biases(parts: tuple[_Heads, _Heads, _Heads], ctx: Context) -> tuple[list[ir.Value], ir.Value | None]:
+def _biases(parts: tuple[_Heads, _Heads, _Heads], sizes: Sizes, ctx: Context) -> tuple[list[ir.Value], ir.Value | None]:
     """q, k and v without the constant biases that are added to them, and those biases one after the other."""
     sources: list[ir.Value] = []
     biases: list[np.ndarray] = []
@@ -335,7 +334,7 @@ def _biases(parts: tuple[_Heads, _Heads, _Heads], ctx: Context) -> tuple[list[ir
         node = made_by(source, "Add")
         for value, constant in (node.inputs, node.inputs[::-1]) if node is not None else ():
             array = graphs.constant_array(constant, limit=_BIAS)
-            if value is not None and array is not None and array.shape == (width,) and rank_of(value) == 3:
+            if value is not None and array is not None and array.shape == (width,) and sizes.rank(value) == 3:
                 source, bias = value, array
                 break
         sources.append(source)

@@ -125,7 +125,9 @@ class FuseConvBn(RulePass):
         new = ctx.node(op_type, inputs, like=node.outputs[0])
         for attribute in attributes.values():
             new.attributes[attribute.name] = ir.Attr(attribute.name, attribute.type, attribute.value)
-        return ctx.replace({node.outputs[0]: new.outputs[0]}, [new], rule=f"{source.op_type}-{node.op_type}".lower())
+        # One node for two, of the same sizes: never dearer.
+        rule = f"{source.op_type}-{node.op_type}".lower()
+        return ctx.replace({node.outputs[0]: new.outputs[0]}, [new], rule=rule, certain=True)
 
 
 def _linear_operand(node: ir.Node) -> tuple[ir.Value | None, ir.Node | None]:

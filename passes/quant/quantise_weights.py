@@ -63,7 +63,7 @@ class _Stored:
 
 
 class QuantiseWeights(Pass):
-    """Constant weights become integer codes and a DequantizeLinear in front of each node that reads them."""
+    """Constant weights become 8- or 4-bit codes, with a DequantizeLinear in front of each node that reads them."""
 
     name = "quantise-weights"
     kind = Kind.LOSSY

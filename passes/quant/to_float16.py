@@ -30,7 +30,10 @@ class Parameters(BaseModel):
 
 
 class ToFloat16(ForeignPass):
-    """Types are changed throughout at once: neighbours have to agree, so this is one application."""
+    """The graph computes in float16, with float32 inputs and outputs.
+
+    Types change throughout at once, since neighbours have to agree: this is one application.
+    """
 
     name = "to-float16"
     kind = Kind.LOSSY

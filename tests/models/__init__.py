@@ -63,6 +63,7 @@ def draw_feeds(model: ir.Model, *, size: int = 3, seed: int = 0) -> dict[str, np
             continue
         assert value.shape is not None and value.dtype is not None and value.name is not None
         shape = [dim if isinstance(dim, int) else size for dim in value.shape]
+        drawn: np.ndarray
         if value.dtype == ir.DataType.BOOL:
             drawn = rng.integers(0, 2, shape)
         elif value.dtype.is_integer():

@@ -62,7 +62,7 @@ class _Encoder:
     def weight(self, name: str, *shape: int, scale: float, mean: float = 0.0) -> ir.Value:
         start = 7919 * (len(self.weights) + 1) % BLOCK  # another start in the block: another weight
 
-        def draw() -> ir.Tensor:
+        def draw() -> ir.TensorProtocol:
             values = np.resize(np.roll(self.block, -start), shape)
             return ir.Tensor(values * np.float32(scale) + np.float32(mean), name=name)
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 
 from graphopt import graphs
-from graphopt.rewrite import Context, Explanation, Kind, Pass, RulePass, Stage
+from graphopt.rewrite import Context, Explanation, Kind, Pass, RulePass, Stage, discovery
 from graphopt.rewrite.context import Observer
 from graphopt.rewrite.manager import PassRecord, run_passes
 from graphopt.shapes import infer_shapes
@@ -19,13 +20,13 @@ Rewrite = Callable[[ir.Node, Context], bool]
 EXPLANATION = Explanation("toys", "nothing", "nothing", "this test")
 
 
-def model(text: str, *, opset: int = 17, imports: str = "", weights: Mapping[str, np.ndarray] | None = None) -> ir.Model:
+def model(
+    text: str, *, opset: int = 17, imports: str = "", weights: Mapping[str, np.ndarray] | None = None
+) -> ir.Model:
     """A model from ONNX text without its header; ``weights`` fill initializers that the text only declares."""
     proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}{imports}]>\n{text}')
-    made = ir.from_proto(proto)
-    for name, array in (weights or {}).items():
-        made.graph.initializers[name].const_value = ir.tensor(array, name=name)
-    return made
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in (weights or {}).items())
+    return ir.from_proto(proto)
 
 
 def rule(
@@ -105,7 +106,9 @@ def bypass(op_type: str, *, where: str = "", **how: object) -> type[RulePass]:
     return rule(rewrite, **how)  # type: ignore[arg-type]
 
 
-def context(made: ir.Model, *, target: str = "onnxruntime", observers: Sequence[Observer] = (), **how: object) -> Context:
+def context(
+    made: ir.Model, *, target: str = "onnxruntime", observers: Sequence[Observer] = (), **how: object
+) -> Context:
     """A context on a model (changed in place), its shapes inferred."""
     infer_shapes(made)
     return Context(made, load_target(target), observers=observers, **how)  # type: ignore[arg-type]
@@ -122,6 +125,13 @@ def running(made: ir.Model, *, kind: Kind = Kind.BITWISE, **how: object) -> Cont
     ctx = context(made, **how)  # type: ignore[arg-type]
     ctx.running(whole(lambda ctx: None, kind=kind)())
     return ctx
+
+
+def register(monkeypatch: pytest.MonkeyPatch, *passes: type[Pass]) -> list[str]:
+    """Let graphopt know passes, besides its own; returns the settings that put them into a recipe."""
+    found = {**discovery.all_passes(), **{cls.name: cls for cls in passes}}
+    monkeypatch.setattr(discovery, "all_passes", lambda: found)
+    return [f"{cls.name}.enabled=true" for cls in passes]
 
 
 def ops(made: ir.Model) -> list[str]:
@@ -150,7 +160,9 @@ def dangling(made: ir.Model) -> list[str]:
     for graph in graphs.all_graphs(made):
         known.update(graph.inputs)
         known.update(graph.initializers.values())
-    lines = [f"{v.name} is used by a removed {use.node.op_type}" for v in known for use in v.uses() if use.node not in nodes]
+    lines = [
+        f"{v.name} is used by a removed {use.node.op_type}" for v in known for use in v.uses() if use.node not in nodes
+    ]
     lines += [f"{n.op_type} reads {v.name}" for n in nodes for v in n.inputs if v is not None and v not in known]
     return lines
 

@@ -33,8 +33,8 @@ GONE = {
     "Unsqueeze": "s = Constant<value_ints = [-1]>() a = Neg(x) b = Unsqueeze(a, s) c = Squeeze(b, s) y = Exp(c)",
     "Slice": "s = Constant<value_ints = [0]>() e = Constant<value_ints = [9223372036854775807]>() a = Neg(x) "
     "b = Slice(a, s, e, s) y = Exp(b)",
-    "SliceNegative": "s = Constant<value_ints = [-3]>() e = Constant<value_ints = [3]>() i = Constant<value_ints = [1]>()"
-    " a = Neg(x) b = Slice(a, s, e, i) y = Exp(b)",
+    "SliceNegative": "s = Constant<value_ints = [-3]>() e = Constant<value_ints = [3]>() "
+    "i = Constant<value_ints = [1]>() a = Neg(x) b = Slice(a, s, e, i) y = Exp(b)",
     "Pad": "s = Constant<value_ints = [0, 0, 0, 0]>() a = Neg(x) b = Pad(a, s) y = Exp(b)",
     "Concat": "a = Neg(x) b = Concat<axis = 0>(a) y = Exp(b)",
     "Sum": "a = Neg(x) b = Sum(a) c = Max(b) d = Min(c) e = Mean(d) y = Exp(e)",
@@ -73,7 +73,8 @@ STAYS = {
     "DivOfOne": "s = Constant<value_float = 1.0>() a = Div(s, x) y = Exp(a)",
     "Gather": "s = Constant<value_ints = [1, 0]>() a = Gather<axis = 0>(x, s) y = Exp(a)",
     "GatherFirst": "s = Constant<value_ints = [0]>() a = Gather<axis = 0>(x, s) y = Exp(a)",
-    "Squeeze": "s = Constant<value_ints = [0]>() t = Constant<value_ints = [1]>() u = Constant<value_ints = [1, 2, 3]>() "
+    "Squeeze": "s = Constant<value_ints = [0]>() t = Constant<value_ints = [1]>() "
+    "u = Constant<value_ints = [1, 2, 3]>() "
     "r = Reshape(x, u) b = Squeeze(r, s) c = Unsqueeze(b, t) d = ReduceSum<keepdims = 0>(c, s) y = Exp(d)",
     "Dropout": "r = Constant<value_float = 0.5>() t = Constant<value = bool {1}>() s = Constant<value_float = 0.0>() "
     "a = Dropout(x, s, t) y = Exp(a)",
@@ -163,9 +164,7 @@ def test_loop_that_returns_what_it_carries_keeps_its_identities() -> None:
 def test_transposes_merge(perms: list[list[int]], second_reader: bool, returned: bool) -> None:
     rank = len(perms[0])
     names = ["x", *(f"t{i}" for i in range(len(perms) - 1)), "y"]
-    nodes = [
-        helper.make_node("Transpose", [a], [b], perm=p) for a, b, p in zip(names, names[1:], perms, strict=False)
-    ]
+    nodes = [helper.make_node("Transpose", [a], [b], perm=p) for a, b, p in zip(names, names[1:], perms, strict=False)]
     outputs = ["y"]
     if second_reader:
         nodes.append(helper.make_node("Neg", ["t0"], ["z"]))

@@ -1,0 +1,373 @@
+"""The documentation is true: generated pages are up to date, examples run, commands parse, links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+
+import graphopt
+from benchmarks import readme_tables
+from docs import generate
+from graphopt.cli.main import COMMANDS
+from graphopt.cli.main import graphopt as group
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+NEEDS = {"export": ("torch", "onnxscript"), "build": ("tensorrt_rtx_bindings",)}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+# -- generated pages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_generated_parts_are_up_to_date(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == generate.pages()[page], "run: python -m docs.generate"
+
+
+@pytest.mark.parametrize("cls", generate.own_passes(), ids=lambda cls: cls.name)
+def test_every_pass_explains_itself(cls: Any) -> None:
+    explained = cls.explanation
+    assert all(text.strip() for text in (explained.matches, explained.refuses, explained.costs, explained.source))
+    assert (cls.__doc__ or "").strip()
+    if cls.Parameters is not None:
+        described = generate._pass_section(cls, "none")
+        for key in cls.Parameters.model_fields:
+            row = next(line for line in described.splitlines() if f"{cls.name}.{key}=" in line)
+            assert row.split("|")[3].strip(), f"--set {cls.name}.{key} is not described"
+
+
+def test_every_option_is_on_the_page_of_commands() -> None:
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    for name in COMMANDS:
+        section = page.split(f"\n## graphopt {name}\n")[1].split("\n## ")[0]
+        command = group.get_command(click.Context(group), name)
+        assert command is not None
+        for parameter in command.params:
+            for option in parameter.opts if isinstance(parameter, click.Option) else ():
+                assert f"`{option}`" in section
+
+
+# -- the README's tables -----------------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+    readme = readme_tables.README.read_text(encoding="utf-8")
+    assert readme == readme_tables.render(readme), "run: python -m benchmarks.readme_tables"
+    assert set(re.findall(r"<!-- table: (\w+) -->", readme)) == set(readme_tables.TABLES)
+
+
+MACHINE = {"cpu": "a CPU", "cores": 2, "memory_gb": 8.0, "python": "3.11.7", "onnxruntime": "1.31.1"}
+RUN = {"wall": 2.0, "cpu": 1.9, "peak_bytes": 150_000_000}
+RATIO = {"value": 1.25, "low": 1.2, "high": 1.3}
+RESULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "corpus": (
+        {"cases": 1400, "tools": {"graphopt safe": {"ok": 1399, "wrong": 0, "crash": 1, "timeout": 0}}},
+        ["1,400 cases", "| tool | ok | wrong | crash |", "| graphopt safe | 1399 | 0 | 1 |"],
+    ),
+    "mutations": (
+        {
+            "by_kind": {"drop node": {"killed": 33, "mutants": 34, "equivalent": 2}},
+            "survivors": [{"kind": "drop node", "network": "net", "fault": "Relu r dropped", "how": "rounding"}],
+        },
+        ["| drop node | 33 | 34 | 97.1 % | 2 |", "- drop node, net: Relu r dropped; rounding"],
+    ),
+    "scaling": (
+        {
+            "rounds": 3,
+            "tools": {
+                "graphopt": {"runs": {"2000": [RUN], "5000": [RUN]}, "failed": {}, "exponent": RATIO},
+                "other": {"runs": {"2000": [RUN]}, "failed": {"5000": "longer than 120 s"}, "exponent": None},
+            },
+        },
+        ["| graphopt | 2.00 | 2.00 | 1.25 (1.20 to 1.30) |", "| other | 2.00 | failed |  |", "median of 3"],
+    ),
+    "large": (
+        {
+            "bytes": 3_000_000_000,
+            "rounds": 2,
+            "runs": {"onnx_ir load+save": [RUN], "graphopt safe --no-verify": [RUN, RUN]},
+            "nodes": {"onnx_ir load+save": 2543, "graphopt safe --no-verify": 935},
+            "ratio": RATIO,
+            "failed": {"other": "out of memory"},
+        },
+        ["3.0 GB", "| graphopt safe --no-verify | 2.0 | 1.25 (1.20 to 1.30) | 150 | 935 |", "| other | failed |"],
+    ),
+    "speedup": (
+        {
+            "networks": {
+                "net": {
+                    "nodes_before": 9,
+                    "nodes_after": 7,
+                    "wall_ms": [{"p50": 2.5}, {"p50": 2.0}],
+                    "speedup": RATIO,
+                    "max_abs_difference": 0.0,
+                }
+            }
+        },
+        ["| net | 9 → 7 | 2.500 | 2.000 | 1.250 (1.200 to 1.300) | 0.0e+00 |"],
+    ),
+    "verification_cost": (
+        {
+            "rounds": 1,
+            "networks": {"net": {"unverified": [RUN], "verified": [RUN], "ratio": dict.fromkeys(RATIO, 1.25)}},
+        },
+        ["| net | 2.00 | 2.00 | 1.25 |", "one round, so no interval"],
+    ),
+    "minilm_export": (
+        {"models": {"export": {"worst": 3.4e-6}}, "allowed": 1e-5},
+        ["| export | 3.4e-06 |", "Allowed: 1e-05."],
+    ),
+    "rtx_build": (
+        {
+            "shapes": ["batch=1/4/8"],
+            "builds": [
+                {
+                    "version": "1.7",
+                    "bytes": 95_000_000,
+                    "seconds": 1.3,
+                    "peak_rss_bytes": 581_000_000,
+                    "layers": 564,
+                    "status": "built, not run: no GPU here",
+                }
+            ],
+        },
+        ["TensorRT-RTX 1.7, batch=1/4/8.", "| 1 | 95.0 | 1.3 | 581 | 564 | built, not run: no GPU here |"],
+    ),
+    "demos": ({"targets": {"demo": {"seconds": 31.2, "exit_code": 0}}}, ["| `make demo` | 31 | works |"]),
+    "help_time": (
+        {"wall": [0.05, 0.06, 0.07], "median": 0.06, "lines": 22, "columns": 77},
+        ["0.060 s (median of 3 processes), 22 lines, 77 columns"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(readme_tables.TABLES))
+def test_a_result_becomes_a_table(name: str, tmp_path: Path) -> None:
+    readme = f"before\n<!-- table: {name} -->\n<!-- end -->\nafter\n"
+    assert readme_tables.NOT_YET in readme_tables.render(readme, tmp_path)
+    result, expected = RESULTS[name]
+    (tmp_path / f"{name}.json").write_text(json.dumps({"date": "2026-01-31", "machine": MACHINE, **result}))
+    rendered = readme_tables.render(readme, tmp_path)
+    for text in [*expected, "*2026-01-31, a CPU, 2 cores, 8 GB, Python 3.11.7, onnxruntime 1.31.1*"]:
+        assert text in rendered
+    assert rendered.startswith("before\n") and rendered.endswith("\nafter\n")
+    assert readme_tables.render(rendered, tmp_path) == rendered
+
+
+# -- examples ----------------------------------------------------------------------------------------------------------
+
+
+def api_sections() -> dict[str, str]:
+    """The sections of the Python API's page, by heading."""
+    parts = re.split(r"^## ", (DOCS / "python-api.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {part.split("\n", 1)[0]: part for part in parts[1:]}
+
+
+SETUP, *SECTIONS = api_sections()
+# What a section reads that another one wrote.
+EARLIER = {"verify": ["optimize"], "bench": ["optimize"], "load": ["optimize"]}
+
+
+@pytest.mark.parametrize("section", [pytest.param(s, marks=pytest.mark.slow) if s in NEEDS else s for s in SECTIONS])
+def test_the_examples_of_the_python_api(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in NEEDS.get(section, ()):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    assert ">>>" in api_sections()[section]
+    run_sections(SETUP, *EARLIER.get(section, ()), section)
+
+
+def run_sections(*names: str) -> None:
+    """Run the examples of sections of the Python API's page, one after the other, in the current folder."""
+    text = "".join(api_sections()[name] for name in names)
+    code = re.sub(r"^```.*$", "", text, flags=re.MULTILINE)
+    # The page imports graphopt once, in its first section.
+    example = doctest.DocTestParser().get_doctest(code, {"graphopt": graphopt}, names[-1], "docs/python-api.md", 0)
+    said: list[str] = []
+    failed = doctest.DocTestRunner(verbose=False).run(example, out=said.append).failed
+    assert not failed, "".join(said)
+
+
+def test_the_example_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_sections(SETUP)
+    (code,) = blocks(ROOT / "README.md", "python")
+    namespace: dict[str, Any] = {"array": np.ones((2, 8), np.float32)}
+    exec(code, namespace)
+    assert capsys.readouterr().out == "passed 6 4\n"
+    assert namespace["outputs"]["y"].shape == (2, 4)
+
+
+def python_files(page: Path) -> dict[str, str]:
+    """The Python blocks of a page whose first line is a comment with their file's name."""
+    found = {}
+    for block in blocks(page, "python"):
+        if match := re.match(r"# (\w+\.py)\n", block):
+            found[match[1]] = block
+    return found
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Iterator[Path]:
+    """A folder as an installer would leave it: the page's passes, and their entry points."""
+    files = python_files(DOCS / "adding-a-pass.md")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (project,) = blocks(DOCS / "adding-a-pass.md", "toml")
+    points = dict(tomllib.loads(project)["project"]["entry-points"]["graphopt.passes"])
+    assert points == {"remove-second-relu": "mypasses:RemoveSecondRelu"}
+    points["abs-for-relu"] = "wrongpass:AbsForRelu"
+    info = tmp_path / "mypasses-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mypasses\nVersion: 0.1\n")
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[graphopt.passes]", *lines, ""]))
+    yield tmp_path
+
+
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_pass_is_fifteen_lines_long() -> None:
+    code = python_files(DOCS / "adding-a-pass.md")["mypasses.py"]
+    body = code.split("class ", 1)[1]
+    told = re.search(r"explanation = .*?\n    \)\n", body, re.DOTALL)
+    assert told is not None
+    # The class without blank lines, its explanation counted as one.
+    lines = [line for line in body.replace(told[0], "explanation\n").splitlines() if line.strip()]
+    assert len(lines) <= 15
+
+
+def test_the_pass_of_the_page_runs(installed: Path) -> None:
+    (test,) = (block for block in blocks(DOCS / "adding-a-pass.md", "python") if "from mypasses import" in block)
+    (installed / "check.py").write_text(test)
+    done = run_python(installed, "check.py")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_pass_of_the_page_is_found_by_its_entry_point(installed: Path) -> None:
+    import onnx.parser
+
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[n] x) => (float[n] y) '
+    (installed / "model.onnx").write_bytes(
+        onnx.parser.parse_model(text + "{ a = Relu(x)  b = Relu(a)  c = Neg(b)  y = Abs(c) }").SerializeToString()
+    )
+    (commands,) = (block for block in blocks(DOCS / "adding-a-pass.md", "sh") if "remove-second-relu" in block)
+    lines = [shlex.split(line)[1:] for line in commands.splitlines() if line.startswith("graphopt ")]
+    explained = run_python(installed, "-m", "graphopt", *lines[0])
+    assert explained.returncode == 0 and "Relu of Relu" in explained.stdout, explained.stderr
+    # The right pass is kept, the wrong one undone.
+    done = run_python(installed, "-m", "graphopt", *lines[1], "--set", "abs-for-relu.enabled=true", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    kept = {record["name"]: (record["kept"], record["undone"]) for record in report["passes"]}
+    assert kept["remove-second-relu"] == (1, 0)
+    assert kept["abs-for-relu"] == (0, 1)
+    assert report["verification"]["verdict"] == "passed"
+    bisected = run_python(installed, "-m", "graphopt", "bisect", "model.onnx", "--set", "abs-for-relu.enabled=true")
+    assert bisected.returncode == 1 and "abs-for-relu" in bisected.stdout
+
+
+def test_the_recipes_on_the_page_are_recipes(tmp_path: Path) -> None:
+    from graphopt.recipes import load_recipe, passes_of
+
+    texts = blocks(DOCS / "recipes.md", "yaml")
+    assert texts
+    for index, text in enumerate(texts):
+        path = tmp_path / f"{index}.yaml"
+        path.write_text(text)
+        assert passes_of([load_recipe(str(path))])
+
+
+def test_the_targets_on_the_page_are_targets(tmp_path: Path) -> None:
+    from graphopt.targets import load_target
+
+    texts = blocks(DOCS / "targets.md", "yaml")
+    assert texts
+    for index, text in enumerate(texts):
+        path = tmp_path / f"{index}.yaml"
+        path.write_text(text)
+        assert load_target(str(path)).backend
+
+
+# -- commands and links ------------------------------------------------------------------------------------------------
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """Every ``graphopt ...`` line in a shell block of a page; lines that end in a backslash are joined."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.removeprefix("$ ")
+                if line.startswith("graphopt "):
+                    found.append((page.name, line))
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), command_lines())
+def test_the_commands_on_the_pages_parse(page: str, line: str) -> None:
+    from graphopt.rewrite.discovery import all_passes
+
+    _, name, *arguments = shlex.split(line, comments=True)
+    command = group.get_command(click.Context(group), name)
+    assert command is not None, f"{page}: no command {name}"
+    context = command.make_context(name, list(arguments), parent=click.Context(group, info_name="graphopt"))
+    # Passes that --set and `graphopt passes` name exist, and have that parameter.
+    if name == "passes" and context.params.get("name") not in (None, "remove-second-relu"):
+        assert context.params["name"] in all_passes()
+    for setting in context.params.get("settings") or ():
+        pass_name, _, key = setting.partition("=")[0].partition(".")
+        if pass_name == "remove-second-relu":
+            continue
+        cls = all_passes()[pass_name]
+        assert key == "enabled" or (cls.Parameters is not None and key in cls.Parameters.model_fields)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,0 +1,207 @@
+"""Targets: what they support, what they call cheaper, their files, their measurement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import yaml
+
+from graphopt.errors import BadInput, GraphoptError
+from graphopt.shapes import infer_shapes
+from graphopt.targets import CostProfile, Target, load_target, profiling, target_names
+from tests.rewrite.toys import model, producer
+
+
+def target(**costs: float) -> Target:
+    return Target(name="t", backend="onnxruntime", version="1", opset=21, ir_version=10, costs=CostProfile(**costs))  # type: ignore[arg-type]
+
+
+def cost(text: str, which: Target | None = None) -> float:
+    made = model(text)
+    infer_shapes(made)
+    return (which or target()).cost(made.graph)
+
+
+def test_the_shipped_targets_load() -> None:
+    assert {"onnxruntime", "onnx", "tensorrt", "tensorrt-rtx"} <= set(target_names())
+    for name in target_names():
+        found = load_target(name)
+        assert found.name == name
+        assert found.costs.node > 0
+        assert found.opset >= 17
+
+
+# -- supports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "domain", "opset", "name", "runs"),
+    [
+        ("Add", "", 9, "onnxruntime", True),
+        ("LayerNormalization", "", 16, "onnxruntime", False),
+        ("LayerNormalization", "", 17, "onnxruntime", True),
+        ("Gelu", "", 19, "onnx", False),
+        ("Gelu", "", 20, "onnx", True),
+        ("Gelu", "com.microsoft", 17, "onnxruntime", True),
+        ("Gelu", "com.microsoft", 17, "tensorrt", False),
+        ("NoSuchOp", "", 24, "onnxruntime", False),
+        ("LinearClassifier", "", 24, "onnxruntime", False),  # that is ai.onnx.ml's
+        ("Unique", "", 17, "tensorrt-rtx", False),
+        ("Identity", "", 1, "onnx", True),
+        ("Constant", "", 9, "onnx", True),
+    ],
+)
+def test_supports(op: str, domain: str, opset: int, name: str, runs: bool) -> None:
+    node = ir.Node(domain, op, [])
+    assert load_target(name).supports(node, opset) is runs
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def test_more_nodes_cost_more() -> None:
+    one = cost("g (float[8,8] x) => (float[8,8] y) { y = Neg(x) }")
+    assert 0 < one < cost("g (float[8,8] x) => (float[8,8] y) { a = Neg(x) y = Neg(a) }")
+
+
+def test_larger_tensors_cost_more_and_weights_are_not_moved() -> None:
+    small = cost("g (float[8,8] x) => (float[8,8] y) { y = Neg(x) }")
+    assert small < cost("g (float[800,800] x) => (float[800,800] y) { y = Neg(x) }")
+    with_input = cost("g (float[8] x, float[8] w) => (float[8] y) { y = Mul(x, w) }")
+    assert cost("g (float[8] x) => (float[8] y) <float[8] w = {1,1,1,1,1,1,1,1}> { y = Mul(x, w) }") < with_input
+
+
+def test_products_cost_by_their_multiply_adds() -> None:
+    slow = target(gigaflops=1.0)
+    short = cost("g (float[32,8] a, float[8,32] b) => (float[32,32] y) { y = MatMul(a, b) }", slow)
+    long = cost("g (float[32,512] a, float[512,32] b) => (float[32,32] y) { y = MatMul(a, b) }", slow)
+    assert long - short > 0.5 * (32 * 32 * (512 - 8)) / 1e3
+    flipped = cost("g (float[32,512] a, float[32,512] b) => (float[32,32] y) { y = Gemm<transB=1>(a, b) }", slow)
+    assert flipped == pytest.approx(long)
+    conv = "g (float[1,{c},8,8] x, float[4,{c},3,3] w) => (float[1,4,6,6] y) {{ y = Conv(x, w) }}"
+    assert cost(conv.format(c=16), slow) > 4 * cost(conv.format(c=1), slow)
+
+
+def test_what_is_free_is_free() -> None:
+    assert cost("g (float[8,8] x) => (float[8,8] y) { y = Identity(x) }") == 0
+    assert cost("g (float[8,8] x) => (float[8,8] y) { y = com.microsoft.Identity(x) }") > 0
+    view = "g (float[8,8] x) => (float[64] y) { s = Constant<value_ints=[-1]>() y = Reshape(x, s) }"
+    assert cost(view) == 0
+    assert cost(view, target(free=())) > 0
+
+
+def test_branches_cost_half_of_what_stands_in_them() -> None:
+    text = ("g (float[8] x, bool c) => (float[8] y) { y = If(c) <then_branch = t () => (float[8] u) { u = Neg(x) },"
+            " else_branch = e () => (float[8] v) { v = Abs(x) }> }")  # fmt: skip
+    assert cost(text, target(control_flow=100.0)) > cost(text, target(control_flow=1.0)) > 0
+
+
+def test_cheaper() -> None:
+    made = model("g (float[8,8] x) => (float[8,8] y) { a = Neg(x) b = Abs(a) i = Identity(b) y = Identity(i) }")
+    infer_shapes(made)
+    a, b, i, y = made.graph
+    t = target()
+    assert t.cheaper([a], [a, b])
+    assert not t.cheaper([a, b], [a])
+    assert not t.cheaper([a], [a])
+    assert t.cheaper([i], [i, y])  # as cheap, and one node less
+    assert not t.cheaper([i, y], [i])
+    assert t.cheaper([], [a])
+    assert not t.cheaper([i], [])
+
+
+def test_sizes_that_are_not_known_are_guessed() -> None:
+    made = model("g (float[N,8] x) => (float[N,8] y) { y = Neg(x) }")
+    infer_shapes(made)
+    few, many = target(dimension=2), target(dimension=2000)
+    assert few.cost(made.graph) < many.cost(made.graph)
+    producer(made, "y").outputs[0].shape = None
+    assert few.cost(made.graph) > 0
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_target_from_a_file(tmp_path: Path) -> None:
+    written = CostProfile(node=1.5, gigaflops=10, gigabytes=3, control_flow=4)
+    profiling.write_target(load_target("onnxruntime"), written, tmp_path / "here.yaml")
+    found = load_target(str(tmp_path / "here.yaml"))
+    assert found.costs == written
+    assert found.extensions == load_target("onnxruntime").extensions
+    first = (tmp_path / "here.yaml").read_bytes()
+    profiling.write_target(found, written, tmp_path / "here.yaml")
+    assert (tmp_path / "here.yaml").read_bytes() == first
+
+
+def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(GraphoptError, match="cannot be written: No such file"):
+        profiling.write_target(load_target("onnx"), CostProfile(), tmp_path / "nowhere" / "t.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tensort", None, "no target 'tensort' (one of: onnx, onnxruntime, tensorrt"),
+        ("nowhere.yaml", None, "no target 'nowhere.yaml'"),
+        ("t.yaml", "name: [", "not a target description: "),
+        ("t.yaml", "name: t\n", "not a target description: backend: Field required"),
+        ("t.yaml", "just text", "not a target description: "),
+        ("t.yaml", {"costs": {"node": "much"}}, "costs.node: Input should be a valid number"),
+        ("t.yaml", {"costs": {"nod": 1.0}}, "costs.nod: Extra inputs are not permitted"),
+        ("t.yaml", {"colour": "blue"}, "colour: Extra inputs are not permitted"),
+    ],
+)
+def test_mistakes_in_targets(
+    name: str, content: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, dict):
+        base = {"name": "t", "backend": "onnxruntime", "version": "1", "opset": 21, "ir_version": 10}
+        content = yaml.safe_dump({**base, **content})
+    if content is not None:
+        (tmp_path / name).write_text(str(content))
+    with pytest.raises(BadInput) as caught:
+        load_target(name)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_follows_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invented times, as a machine of 2 us a node, 10 GB/s, 50 G multiply-adds/s and 5 us a branch would give."""
+
+    def seconds(content: bytes, feeds: dict[str, np.ndarray], threads: int) -> float:
+        nodes = ir.from_proto(__import__("onnx").load_from_string(content)).graph
+        total = 0.0
+        for node in nodes:
+            size = feeds["x"].nbytes
+            total += 2e-6
+            total += {"MatMul": feeds["x"].shape[0] ** 3 / 50e9, "If": 5e-6}.get(node.op_type, 0.0)
+            total += 2 * size / 10e9 if size > 1e6 and node.op_type == "Neg" else 0.0
+        return total
+
+    monkeypatch.setattr(profiling, "_seconds", seconds)
+    profile = profiling.measure(load_target("onnxruntime"))
+    assert profile.node == pytest.approx(2.0, rel=0.05)
+    assert profile.gigaflops == pytest.approx(50, rel=0.05)
+    assert profile.gigabytes == pytest.approx(10, rel=0.2)
+    assert profile.control_flow == pytest.approx(3.0, abs=2.1)
+
+
+def test_a_backend_that_is_not_here_cannot_be_measured() -> None:
+    with pytest.raises(BadInput, match="the backend tensorrt cannot be measured here"):
+        profiling.measure(load_target("tensorrt"))
+
+
+def test_measuring_gives_positive_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "ROUNDS", 2)
+    profile = profiling.measure(load_target("onnxruntime"))
+    assert profile.node > 0
+    assert profile.gigaflops > 0
+    assert profile.gigabytes > 0
+    assert profile.control_flow >= 0
