@@ -1,4 +1,4 @@
-"""`make demo-export`: from a torch module to a verified, faster ONNX file. The module is MiniLM-L6, a sentence encoder."""
+"""`make demo-export`: from a torch module to a verified ONNX file. The module is MiniLM-L6, a sentence encoder."""
 
 from __future__ import annotations
 

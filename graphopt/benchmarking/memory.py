@@ -1,7 +1,7 @@
 """The memory one model needs: loaded and run in a process of its own, whose high-water mark is read.
 
-Run as ``python -m graphopt.benchmarking.memory`` by `peak_bytes`; a request comes in pickled on standard input, from the
-process that started it, and the answer goes out as one JSON line.
+Run as ``python -m graphopt.benchmarking.memory`` by `peak_bytes`; a request comes in pickled on standard input, from
+the process that started it, and the answer goes out as one JSON line.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 from graphopt.engines import build_engine
 from graphopt.engines.worker import find_gpu
-from tests.models import model_from_text
+from tests.models.text import model_from_text
 
 MODEL = """
 <ir_version: 10, opset_import: ["" : 20]>
