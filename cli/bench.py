@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, progress, table
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
 
 if TYPE_CHECKING:
     from graphopt.benchmarking import BenchResult, ModelTiming
 
 
-@click.command()
+@click.command("bench", context_settings=HELP)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="A [B ...]")
 @click.option("--shapes", metavar="NAME=2x128,...", help="Sizes of inputs; made up where not given.")
 @click.option(

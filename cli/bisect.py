@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, progress, table
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
 
 
-@click.command("bisect")
+@click.command("bisect", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx")
 @click.option("--recipe", "-r", multiple=True, metavar="R", help="safe (default), another, or a YAML file; repeatable.")
 @click.option("--set", "settings", multiple=True, metavar="P.K=V", help="Set a parameter of a pass; P.enabled=false.")

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, progress, table
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
 
 if TYPE_CHECKING:
     from graphopt.engines import BuildResult
 
 
-@click.command(name="build")
+@click.command("build", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The engine to write.")
 @click.option("--backend", required=True, help="tensorrt-rtx (needs no GPU) or tensorrt.")

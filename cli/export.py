@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, table
+from graphopt.cli.output import HELP, common_options, console, print_json, table
 
 if TYPE_CHECKING:
     from graphopt.exporting import ExportResult
 
 
-@click.command(name="export")
+@click.command("export", context_settings=HELP)
 @click.argument("factory", metavar="MODULE:FACTORY")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
 @click.option("--opset", type=int, default=20, show_default=True, help="The ONNX opset to write.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, progress, table
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
 
 if TYPE_CHECKING:
     from graphopt.inspection import Axes, ControlFlow, Inspection, WeightValues
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TOP = 12
 
 
-@click.command("inspect")
+@click.command("inspect", context_settings=HELP)
 @click.argument("model", metavar="IN")
 @click.option("--weights", "scan", is_flag=True, help="Read every weight and say what its values are like.")
 @common_options

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, progress, table, to_plain
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, table, to_plain
 from graphopt.errors import BadInput
 
 if TYPE_CHECKING:
     from graphopt.report import Report
 
 
-@click.command("optimize")
+@click.command("optimize", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx")
 @click.option("-o", "--out", metavar="OUT.onnx", help="Where to write. Default: IN.opt.onnx.")
 @click.option("--recipe", "-r", multiple=True, metavar="R", help="safe (default), another, or a YAML file; repeatable.")

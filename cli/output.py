@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MAX_WIDTH = 100
+# On every command, not only on the group: click remembers a command's help option from its first use.
+HELP = {"help_option_names": ["-h", "--help"]}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

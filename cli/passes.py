@@ -6,10 +6,10 @@ import inspect
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, table
+from graphopt.cli.output import HELP, common_options, console, print_json, table
 
 
-@click.command("passes")
+@click.command("passes", context_settings=HELP)
 @click.argument("name", required=False)
 @common_options
 def command(name: str | None, as_json: bool, verbose: bool) -> None:

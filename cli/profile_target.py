@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, progress, table
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
 
 
-@click.command("profile-target")
+@click.command("profile-target", context_settings=HELP)
 @click.option("-o", "--out", required=True, metavar="T.yaml", help="Where to write it; give it to --target.")
 @click.option("--target", default="onnxruntime", show_default=True, metavar="T", help="The target to start from.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads within an operator.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
-from graphopt.cli.output import common_options, console, print_json, progress
+from graphopt.cli.output import HELP, common_options, console, print_json, progress
 
 
-@click.command("verify")
+@click.command("verify", context_settings=HELP)
 @click.argument("a", metavar="A.onnx")
 @click.argument("b", metavar="B.onnx")
 @click.option("--calibration", metavar="F.npz|DIR", help="Real inputs: an .npz, or a folder of them.")

@@ -174,7 +174,7 @@ def cli_page() -> str:
     from graphopt.cli.main import COMMANDS
     from graphopt.cli.main import graphopt as group
 
-    context = click.Context(group, info_name="graphopt")
+    context = click.Context(group, info_name="graphopt", help_option_names=["-h", "--help"])
     parts = [
         NOTE,
         "# Commands",

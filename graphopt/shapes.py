@@ -207,6 +207,11 @@ def _write_back(value: ir.Value, type_: onnx.TypeProto | None, inferred: ir.Shap
         value.shape = inferred
 
 
+def _is_made_up(name: str | None) -> bool:
+    """Whether onnx's inference made an axis name up: the author's own, where there is one, says more."""
+    return name is None or name.startswith("unk__")
+
+
 def _says_more(declared: ir.Shape, inferred: ir.Shape) -> bool:
     """Whether a declared shape agrees with an inferred one and names axes that it does not."""
     if len(declared) != len(inferred):
@@ -216,6 +221,6 @@ def _says_more(declared: ir.Shape, inferred: ir.Shape) -> bool:
         if isinstance(known, int):
             if isinstance(axis, int) and axis != known:
                 return False
-        elif isinstance(axis, int) or (axis.value is not None and known.value is None):
+        elif isinstance(axis, int) or (not _is_made_up(axis.value) and _is_made_up(known.value)):
             more = True
     return more

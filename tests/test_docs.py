@@ -59,7 +59,7 @@ def test_every_option_is_on_the_page_of_commands() -> None:
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     for name in COMMANDS:
         section = page.split(f"\n## graphopt {name}\n")[1].split("\n## ")[0]
-        command = group.get_command(click.Context(group), name)
+        command = group.get_command(click.Context(group, help_option_names=["-h", "--help"]), name)
         assert command is not None
         for parameter in command.params:
             for option in parameter.opts if isinstance(parameter, click.Option) else ():
@@ -340,9 +340,11 @@ def test_the_commands_on_the_pages_parse(page: str, line: str) -> None:
     from graphopt.rewrite.discovery import all_passes
 
     _, name, *arguments = shlex.split(line, comments=True)
-    command = group.get_command(click.Context(group), name)
+    command = group.get_command(click.Context(group, help_option_names=["-h", "--help"]), name)
     assert command is not None, f"{page}: no command {name}"
-    context = command.make_context(name, list(arguments), parent=click.Context(group, info_name="graphopt"))
+    context = command.make_context(
+        name, list(arguments), parent=click.Context(group, info_name="graphopt", help_option_names=["-h", "--help"])
+    )
     # Passes that --set and `graphopt passes` name exist, and have that parameter.
     if name == "passes" and context.params.get("name") not in (None, "remove-second-relu"):
         assert context.params["name"] in all_passes()
