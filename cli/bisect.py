@@ -9,9 +9,11 @@ from graphopt.cli.output import HELP, common_options, console, print_json, progr
 
 @click.command("bisect", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx")
-@click.option("--recipe", "-r", multiple=True, metavar="R", help="safe (default), another, or a YAML file; repeatable.")
+@click.option(
+    "--recipe", "-r", multiple=True, metavar="R", help="safe (default), fp16, int8, int4 or a YAML file; repeatable."
+)
 @click.option("--set", "settings", multiple=True, metavar="P.K=V", help="Set a parameter of a pass; P.enabled=false.")
-@click.option("--calibration", metavar="F.npz|DIR", help="Real inputs: an .npz, or a folder of them.")
+@click.option("--calibration", metavar="F.npz|DIR", help="Inputs of your own: an .npz, or a folder of them.")
 @click.option("--target", default="onnxruntime", show_default=True, metavar="T", help="What the result runs on.")
 @click.option("--custom-ops", metavar="LIB", help="Shared library of ONNX Runtime custom operators.")
 @click.option("--fail-if", multiple=True, metavar="COND", help="The tolerance: 'max_abs>1e-5'. Default: rounding.")
@@ -31,7 +33,8 @@ def command(
 ) -> None:
     """Find the rewrite that breaks a tolerance, and the first tensor that differs.
 
-    Nothing is undone on the way and nothing is written. Exit 1 where a culprit was found.
+    Nothing is undone on the way and nothing is written. Models are run with the runtime's optimizations off and on;
+    where the optimizations alone break the tolerance, off only. Exit 1 where a culprit was found.
     """
     from graphopt.bisecting import bisect
 

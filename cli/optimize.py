@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 @click.command("optimize", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx")
 @click.option("-o", "--out", metavar="OUT.onnx", help="Where to write. Default: IN.opt.onnx.")
-@click.option("--recipe", "-r", multiple=True, metavar="R", help="safe (default), another, or a YAML file; repeatable.")
+@click.option(
+    "--recipe", "-r", multiple=True, metavar="R", help="safe (default), fp16, int8, int4 or a YAML file; repeatable."
+)
 @click.option("--set", "settings", multiple=True, metavar="P.K=V", help="Set a parameter of a pass; P.enabled=false.")
-@click.option("--calibration", metavar="F.npz|DIR", help="Real inputs: an .npz, or a folder of them.")
+@click.option("--calibration", metavar="F.npz|DIR", help="Inputs of your own: an .npz, or a folder of them.")
 @click.option("--target", default="onnxruntime", show_default=True, metavar="T", help="What the result runs on.")
 @click.option("--report", metavar="R.json", help="Write the report here, too.")
 @click.option("--no-verify", is_flag=True, help="Check the structure only, not the numbers.")
@@ -47,8 +49,8 @@ def command(
 ) -> None:
     """Rewrite a model, verify it, write it.
 
-    Every rewrite is checked against the original on real inputs; one that computes something else is undone, and the
-    report says so.
+    The rewrites are checked against the original, on inputs of your own (--calibration) or on made-up ones of several
+    sizes. One that computes something else is undone, and the report says so.
     """
     from graphopt.optimizing import optimize
 

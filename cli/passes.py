@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 
 import click
 
@@ -15,28 +15,28 @@ from graphopt.cli.output import HELP, common_options, console, print_json, table
 def command(name: str | None, as_json: bool, verbose: bool) -> None:
     """List the passes, or explain one: what it matches, refuses, costs, and its source."""
     from graphopt.recipes import load_recipe, recipe_names
-    from graphopt.rewrite.contract import Pass
+    from graphopt.rewrite.contract import Pass, Saves, as_setting
     from graphopt.rewrite.discovery import all_passes, get_pass
 
     used: dict[str, list[str]] = {}
     for recipe in recipe_names():
         for step in load_recipe(recipe).passes:
-            used.setdefault(step.name, []).append(recipe)
+            recipes = used.setdefault(step.pass_name, [])
+            if recipe not in recipes:
+                recipes.append(recipe)
 
     def describe(cls: type[Pass]) -> dict[str, object]:
-        fields = {} if cls.Parameters is None else cls.Parameters.model_fields
         return {
             "name": cls.name,
             "kind": cls.kind.value,
             "stage": cls.stage.name.lower(),
-            "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
+            "saves": cls.saves.value,
+            "summary": cls.summary(),
             "matches": cls.explanation.matches,
             "refuses": cls.explanation.refuses,
             "costs": cls.explanation.costs,
             "source": cls.explanation.source,
-            "parameters": {
-                key: f"{field.description or ''} (default {field.default})" for key, field in fields.items()
-            },
+            "parameters": [dataclasses.asdict(parameter) for parameter in cls.explain_parameters()],
             "recipes": used.get(cls.name, []),
         }
 
@@ -52,7 +52,8 @@ def command(name: str | None, as_json: bool, verbose: bool) -> None:
         out.print(table(["pass", "kind", "stage", "recipes", "what it does"], rows))
         out.print("explain one: graphopt passes NAME", style="dim")
         return
-    one = describe(get_pass(name))
+    cls = get_pass(name)
+    one = describe(cls)
     if as_json:
         print_json(one)
         return
@@ -61,7 +62,16 @@ def command(name: str | None, as_json: bool, verbose: bool) -> None:
         (key, one[key]) for key in ("kind", "stage", "matches", "refuses", "costs", "source")
     ]
     lines.append(("recipes", ", ".join(used.get(name, [])) or "none"))
-    parameters = one["parameters"]
-    assert isinstance(parameters, dict)
-    lines.extend((f"--set {name}.{key}", text) for key, text in parameters.items())
+    if cls.saves is Saves.BYTES:
+        lines.append(("judged by", "the bytes of constants that it saves, not by time"))
+    if cls.repeatable:
+        lines.append(("repeatable", f"a recipe can name it several times, with labels: {name}@first, {name}@second"))
     out.print(table(["", ""], lines))
+    parameters = cls.explain_parameters()
+    if parameters:
+        out.print()
+        settings = []
+        for parameter in parameters:
+            default = "required" if parameter.required else as_setting(parameter.default)
+            settings.append((f"{name}.{parameter.name}", default, parameter.description.replace("``", "")))
+        out.print(table(["--set", "default", "what it is"], settings))

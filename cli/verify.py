@@ -10,7 +10,7 @@ from graphopt.cli.output import HELP, common_options, console, print_json, progr
 @click.command("verify", context_settings=HELP)
 @click.argument("a", metavar="A.onnx")
 @click.argument("b", metavar="B.onnx")
-@click.option("--calibration", metavar="F.npz|DIR", help="Real inputs: an .npz, or a folder of them.")
+@click.option("--calibration", metavar="F.npz|DIR", help="Inputs of your own: an .npz, or a folder of them.")
 @click.option("--custom-ops", metavar="LIB", help="Shared library of ONNX Runtime custom operators.")
 @click.option("--bitwise", is_flag=True, help="Ask for the same bits (optimizations off).")
 @click.option("--fail-if", multiple=True, metavar="COND", help="Use this instead of the rounding rule: 'max_abs>1e-3'.")

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from pydantic_core import PydanticUndefined
 
 import graphopt
+from graphopt.rewrite.contract import Saves, as_setting
 
 if TYPE_CHECKING:
     from graphopt.rewrite import Pass
@@ -75,7 +75,9 @@ def passes_page() -> str:
     recipes: dict[str, list[str]] = {}
     for recipe in recipe_names():
         for step in load_recipe(recipe).passes:
-            recipes.setdefault(step.name, []).append(recipe)
+            named = recipes.setdefault(step.pass_name, [])
+            if recipe not in named:
+                named.append(recipe)
     passes = own_passes()
 
     def used(cls: type[Pass]) -> str:
@@ -122,28 +124,29 @@ def _pass_section(cls: type[Pass], used: str) -> str:
         ("kind, stage", f"{cls.kind.value}, {cls.stage.name.lower()}"),
         ("recipes", used),
     ]
+    if cls.saves is Saves.BYTES:
+        rows.append(("judged by", "the bytes of constants that it saves, not by time"))
+    if cls.repeatable:
+        rows.append(
+            ("repeatable", f"a recipe can name it several times, with labels: `{cls.name}@first`, `{cls.name}@second`")
+        )
     lines.append("\n".join(f"- **{key}**: {text}" for key, text in rows))
-    if cls.Parameters is not None:
+    parameters = cls.explain_parameters()
+    if parameters:
         lines.append(
             md_table(
                 ["parameter", "default", "what it is"],
                 [
                     (
-                        f"`--set {cls.name}.{key}=`",
-                        "must be given" if field.default is PydanticUndefined else f"`{_plain(field.default)}`",
-                        _markdown(field.description or _attribute(cls.Parameters, key)),
+                        f"`--set {cls.name}.{p.name}=`",
+                        "must be given" if p.required else f"`{as_setting(p.default)}`",
+                        _markdown(p.description),
                     )
-                    for key, field in cls.Parameters.model_fields.items()
+                    for p in parameters
                 ],
             )
         )
     return "\n\n".join(lines)
-
-
-def _attribute(cls: type[object], name: str) -> str:
-    """What the ``Attributes:`` section of a class's docstring says of one of them."""
-    found = re.search(rf"^ {{4}}{name}: (.*?)(?=^ {{0,4}}\S|\Z)", inspect.getdoc(cls) or "", re.MULTILINE | re.DOTALL)
-    return "" if found is None else found[1]
 
 
 def _markdown(text: str) -> str:
@@ -155,15 +158,6 @@ def _markdown(text: str) -> str:
 
 def _sentence(text: str) -> str:
     return " ".join(text.split())
-
-
-def _plain(value: object) -> str:
-    """A default as one would write it after ``--set``."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "null"
-    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (tuple, list)) else str(value)
 
 
 # -- cli.md ------------------------------------------------------------------------------------------------------------
@@ -235,8 +229,8 @@ def recipes_section() -> str:
     for name in recipe_names():
         recipe = load_recipe(name)
         passes = ", ".join(
-            f"[{step.name}](passes.md#{step.name})"
-            + (f" ({', '.join(f'{k}={_plain(v)}' for k, v in step.parameters.items())})" if step.parameters else "")
+            f"[{step.name}](passes.md#{step.pass_name})"
+            + (f" ({', '.join(f'{k}={as_setting(v)}' for k, v in step.parameters.items())})" if step.parameters else "")
             for step in recipe.passes
         )
         rows.append((f"`{name}`", recipe.description, passes))
@@ -255,6 +249,20 @@ def targets_section() -> str:
         version = target.version
         rows.append((f"`{name}`", target.backend, version, target.opset, extensions or "none", without))
     return md_table(["target", "backend", "version", "opset up to", "beyond the standard", "does not run"], rows)
+
+
+def quantised_section() -> str:
+    """The codes that the targets that ship take."""
+    from graphopt.targets import load_target, target_names
+
+    rows = []
+    for name in target_names():
+        facts = load_target(name).quantised
+        if facts is None:
+            rows.append((f"`{name}`", "all of the standard", "any"))
+        else:
+            rows.append((f"`{name}`", ", ".join(sorted(facts.types)), "any" if facts.zero_points else "0 only"))
+    return md_table(["target", "codes", "zero points"], rows)
 
 
 def costs_section() -> str:
@@ -289,6 +297,7 @@ def signature(name: str) -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "recipes": recipes_section,
     "targets": targets_section,
+    "quantised": quantised_section,
     "costs": costs_section,
     **{f"signature_{name}": partial(signature, name) for name in graphopt.__all__},
 }

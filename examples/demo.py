@@ -35,7 +35,8 @@ def main() -> None:
     shutil.copyfile(packaged("silero_vad", "data/silero_vad.onnx"), original)
     run("optimize", str(original), "-o", str(optimized), "--report", str(folder / "report.json"))
     run("bench", str(original), str(optimized))
-    print(f"\nThe files are in {folder}/: the original, the optimized model, and report.json with every rewrite.")
+    print(f"\nThe files are in {folder}/: the original, the optimized model, and report.json (what each pass did, what")
+    print("was undone and why, and how the result was verified).")
     print(f"Done in {time.perf_counter() - start:.0f} s. Next: graphopt optimize YOUR.onnx, or `make demo-export`.")
 
 

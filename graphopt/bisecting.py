@@ -14,14 +14,15 @@ import numpy as np
 from graphopt import gates
 from graphopt.errors import GraphoptError
 from graphopt.files import load_model, stage_model
-from graphopt.optimizing import Attempt, Plan, check_whole, feed_source, read_feeds, run_attempt
+from graphopt.optimizing import Attempt, Plan, feed_source, read_feeds, run_attempt, run_file
 from graphopt.recipes import load_recipes, passes_of
+from graphopt.report import Verification
 from graphopt.rewrite.context import Application
 from graphopt.shapes import infer_shapes
 from graphopt.targets import load_target
 from graphopt.verification import runnable
 from graphopt.verification.tolerance import distance
-from graphopt.verification.whole import Reference, make_reference, narrow_feeds, run_case, session_for
+from graphopt.verification.whole import Reference, compare, make_reference, narrow_feeds, run_case, session_for
 
 
 @dataclass
@@ -64,6 +65,9 @@ def bisect(
 ) -> Culprit | None:
     """Find the application that breaks the tolerance, by running ever smaller numbers of them.
 
+    Models are run with the runtime's optimizations off and on. Where the optimizations alone move the unchanged model
+    by more than the tolerance, they are left off: what they do is no application's fault.
+
     Args:
         path: The model.
         recipe, settings, calibration, target, custom_ops: As for ``optimize``.
@@ -74,7 +78,7 @@ def bisect(
         The culprit, or None where the whole recipe passes.
 
     Raises:
-        GraphoptError: Even the unchanged model does not pass.
+        GraphoptError: The unchanged model does not pass either, so that no application is to blame.
     """
     say = progress or (lambda text: None)
     source = Path(path)
@@ -91,6 +95,7 @@ def bisect(
     plan.make_passes()  # mistakes in recipes and settings come before anything runs
     reference = reference_of(plan)
     runs = 0
+    modes: tuple[bool, ...] = (False, True)
 
     def failure(attempt: Attempt) -> str | None:
         nonlocal runs
@@ -99,11 +104,7 @@ def bisect(
             tempfile.TemporaryDirectory(prefix="graphopt-") as folder,
             stage_model(attempt.model, Path(folder) / "candidate.onnx") as staged,
         ):
-            outcome = check_whole(plan, reference, staged.staged_path, bitwise=False, measure_only=bool(conditions))
-        held = next((c for c in conditions if c.holds(outcome.verification)), None)
-        if held is not None:
-            return f"{held.text} holds: {held.metric} is {held.value(outcome.verification):.6g}"
-        return outcome.reason
+            return why_not_same(plan, reference, staged.staged_path, conditions, modes)
 
     def run(limit: int | None) -> Attempt:
         say(f"running {'all' if limit is None else limit} applications")
@@ -114,8 +115,23 @@ def bisect(
     if reason is None:
         return None
     applications = list(whole.context.applications)
+    remark = ""
     if (own := failure(run(0))) is not None:
-        raise GraphoptError(f"the unchanged model already fails: {own}", where=str(source))
+        modes = (False,)
+        if failure(run(0)) is not None:
+            raise GraphoptError(
+                f"the unchanged model fails too, so no rewrite is to blame: {own}",
+                where=str(source),
+                hint="give a --fail-if that the unchanged model passes",
+            )
+        reason = failure(whole)
+        if reason is None:
+            raise GraphoptError(
+                f"no rewrite is to blame: the unchanged model breaks the tolerance as well: {own}",
+                where=str(source),
+                hint="the runtime's optimizations round too; give a --fail-if above that",
+            )
+        remark = ", with the runtime's optimizations off (on, they alone break the tolerance)"
     low, high = 0, len(applications)
     while high - low > 1:
         middle = (low + high) // 2
@@ -125,7 +141,35 @@ def bisect(
         else:
             high, reason = middle, found
     tensor, gap = first_difference(plan, reference, run(high))
-    return Culprit(applications[high - 1], high, len(applications), reason, tensor, gap, runs)
+    return Culprit(applications[high - 1], high, len(applications), reason + remark, tensor, gap, runs)
+
+
+def why_not_same(
+    plan: Plan, reference: Reference, path: Path, conditions: Sequence[gates.FailIf], modes: Sequence[bool]
+) -> str | None:
+    """Why a file does not count as the same as the original; None where it does.
+
+    Args:
+        plan: For the custom operator library.
+        reference: The original's results.
+        path: The file.
+        conditions: The user's tolerance; without one the rounding rule holds.
+        modes: Whether to run it with the runtime's optimizations off (False), on (True), or both.
+    """
+    for deployed in modes:
+        results = run_file(path, reference, plan.custom_ops, deployed=deployed)
+        if results is None:
+            continue
+        differences, worst = compare(reference, results, bitwise=False, deployed=deployed)
+        measured = Verification(max_abs=worst.max_abs, max_rel=worst.max_rel, cosine_min=worst.cosine_min)
+        held = next((condition for condition in conditions if condition.holds(measured)), None)
+        if held is not None:
+            how = ", with the runtime's optimizations on" if deployed else ""
+            return f"{held.text} holds: {held.metric} is {held.value(measured):.6g}{how}"
+        plain = next((d for d in differences if not (conditions and d.measured)), None)
+        if plain is not None:
+            return str(plain)
+    return None
 
 
 def reference_of(plan: Plan) -> Reference:

@@ -38,5 +38,11 @@ class MissingDependency(BadInput):
     """A library that only some commands need is not installed, or two that exclude each other are."""
 
 
+def install_hint(*extras: str) -> str:
+    """What to do about a missing library: install one of graphopt's extras, as a clone of the repository can."""
+    commands = " or ".join(f"pip install '.[{extra}]'" for extra in extras)
+    return f"in graphopt's folder: {commands}"
+
+
 class GateFailed(GraphoptError):
     """A check that guards the output failed; nothing was written (exit code 1)."""

@@ -6,6 +6,7 @@ refuses is put on a skip list, and the passes run again without it. They are det
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import gates, graphs
+from graphopt import garbage, gates, graphs
 from graphopt.errors import BadInput, GateFailed
 from graphopt.files import load_model, stage_model
 from graphopt.recipes import load_recipes, passes_of
@@ -24,12 +25,14 @@ from graphopt.report import ModelFacts, Report, Verification, environment, facts
 from graphopt.rewrite.context import Application, Context
 from graphopt.rewrite.contract import Kind, Pass
 from graphopt.rewrite.manager import PassRecord, run_passes
+from graphopt.runtime.session import import_soon
 from graphopt.shapes import infer_shapes
 from graphopt.targets import Target, load_target
-from graphopt.verification.shadow import Shadow
 
 if TYPE_CHECKING:
-    from graphopt.verification.replacements import Judgement
+    from concurrent.futures import Future
+
+    from graphopt.verification.replacements import Judgement, Span, Watch
     from graphopt.verification.whole import Reference
 
 # How often a run may be repeated without what was refused. Each repetition skips at least one application.
@@ -65,7 +68,7 @@ class Attempt:
     model: ir.Model
     context: Context
     records: list[PassRecord]
-    shadow: Shadow | None
+    watch: Watch | None
 
     @property
     def bitwise(self) -> bool:
@@ -86,6 +89,7 @@ class _Checked:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+@garbage.paused()
 def optimize(
     path: str | Path,
     out: str | Path | None = None,
@@ -130,6 +134,8 @@ def optimize(
     source = Path(path)
     destination = Path(out) if out is not None else source.with_name(f"{source.stem}.opt.onnx")
     say("reading")
+    if verify:
+        import_soon()
     model = load_model(source)
     before = facts(model, source)
     conditions = [gates.parse_fail_if(text) for text in fail_if]
@@ -166,6 +172,8 @@ def optimize(
                 checked = check(plan, attempt, staged.staged_path)
             if checked.refused:
                 undone.update(checked.refused)
+                del attempt, checked
+                gc.collect()  # it is paused, and graphs are cyclic
                 continue
             verification = checked.verification
             if metric is not None:
@@ -218,7 +226,7 @@ def run_attempt(
         skip: Application keys to leave out.
         limit: Make only the first so many applications.
         model: The model, if it was loaded already and not changed.
-        watch: Whether to keep a shadow for T1.
+        watch: Whether to watch the passes for T1.
         progress: Told the name of each pass.
     """
     if model is None:
@@ -226,12 +234,12 @@ def run_attempt(
     declared = {output for node in graphs.all_nodes(model) for output in node.outputs if output.type is not None}
     untyped = [(g, i) for g in graphs.all_graphs(model) for i, output in enumerate(g.outputs) if output.type is None]
     infer_shapes(model)
-    shadow = Shadow(model) if watch else None
+    watching = _watch(model, plan) if watch else None
     context = Context(
         model,
         plan.target,
         skip=(skip or {}).keys(),
-        observers=[] if shadow is None else [shadow],
+        observers=[] if watching is None else [watching.shadow],
         limit=limit,
         feeds=plan.feeds,
     )
@@ -239,7 +247,13 @@ def run_attempt(
     told = None if progress is None else (lambda name, seconds: progress(f"{name} ({seconds:.1f} s)"))
     records = run_passes(context, passes, progress=told)
     _forget_inferred(model, declared, untyped)
-    return Attempt(model, context, records, shadow)
+    return Attempt(model, context, records, watching)
+
+
+def _watch(model: ir.Model, plan: Plan) -> Watch:
+    from graphopt.verification.replacements import Watch
+
+    return Watch(model, plan.custom_ops)
 
 
 def _forget_inferred(model: ir.Model, declared: set[ir.Value], untyped: Sequence[tuple[ir.Graph, int]]) -> None:
@@ -263,22 +277,36 @@ def check(plan: Plan, attempt: Attempt, candidate: Path) -> _Checked:
         attempt: The rewritten model, and its shadow.
         candidate: The same model as written.
     """
-    from graphopt.verification.replacements import judge
+    from graphopt.verification.replacements import Span
 
     start = time.perf_counter()
-    assert attempt.shadow is not None
-    judgement = judge(attempt.shadow, feed_source(plan), custom_ops=plan.custom_ops, source=plan.source)
+    assert attempt.watch is not None
+    sessions = _open_candidate(candidate, plan.custom_ops)
+    judgement = attempt.watch.judge(feed_source(plan), source=plan.source, bitwise=attempt.bitwise)
     if judgement.failed:
         return _Checked(Verification(), judgement.failed)
-    outcome = check_whole(plan, judgement.reference, candidate, bitwise=attempt.bitwise, measure_only=attempt.lossy)
+    reference = judgement.reference
+    outcome = check_whole(
+        plan, reference, candidate, bitwise=attempt.bitwise, measure_only=attempt.lossy, sessions=sessions
+    )
     verification = outcome.verification
-    if outcome.reason is not None:
-        culprit = _culprit(plan, judgement.reference, attempt)
+    whole = Span(reference, 0, None, attempt.bitwise, outcome.reason)
+    for span in [*judgement.spans, whole]:
+        if span.ends_at is None and span is not whole:
+            # Compared with the optimizations off: as deployed the file has been compared with the original.
+            kinds = [application.kind for application in attempt.context.applications[span.begins_at :]]
+            if not kinds:
+                continue
+            span.bitwise = all(kind is Kind.BITWISE for kind in kinds)
+            span.reason = why_not_same(plan, span.reference, candidate, bitwise=span.bitwise)
+        if span.reason is None:
+            continue
+        culprit = _culprit(plan, span, attempt)
         if culprit is None:
             raise GateFailed(
-                outcome.reason, where=str(plan.source), hint="no single rewrite is to blame; nothing was written"
+                span.reason, where=str(plan.source), hint="no single rewrite is to blame; nothing was written"
             )
-        return _Checked(verification, {culprit.key: outcome.reason})
+        return _Checked(verification, {culprit.key: span.reason})
     _describe_coverage(verification, plan, attempt, judgement)
     verification.seconds = time.perf_counter() - start
     if verification.coverage["vacuous"] and len(verification.coverage["vacuous"]) == len(
@@ -302,7 +330,13 @@ class WholeCheck:
 
 
 def check_whole(
-    plan: Plan, reference: Reference, candidate: Path, *, bitwise: bool, measure_only: bool = False
+    plan: Plan,
+    reference: Reference,
+    candidate: Path,
+    *,
+    bitwise: bool,
+    measure_only: bool = False,
+    sessions: Mapping[bool, Future[Any]] | None = None,
 ) -> WholeCheck:
     """T2 and T3: the file with the runtime's optimizations off, and as deployed.
 
@@ -311,31 +345,72 @@ def check_whole(
         reference: The original's results.
         candidate: The file.
         bitwise: Whether T2 asks for the same bits.
-        measure_only: Whether differences count only as distances (lossy; the user's budget decides).
+        measure_only: Whether differences that have a distance count only as that (lossy; the user's budget decides).
+        sessions: Sessions of the file that are being made already, by whether they are as deployed.
     """
     from graphopt.verification.whole import compare
 
     verification = Verification(cases=len(reference.feeds))
     found: list[str] = []
     for deployed in (False, True):
-        results = run_file(candidate, reference, plan.custom_ops, deployed=deployed)
+        session = (sessions or {}).get(deployed)
+        results = run_file(candidate, reference, plan.custom_ops, deployed=deployed, session=session)
         if results is None:
             continue
         differences, worst = compare(reference, results, bitwise=bitwise and not deployed, deployed=deployed)
         verification.max_abs = max(verification.max_abs, worst.max_abs)
         verification.max_rel = max(verification.max_rel, worst.max_rel)
         verification.cosine_min = min(verification.cosine_min, worst.cosine_min)
-        if not measure_only:
-            found.extend(str(difference) for difference in differences)
+        found.extend(str(difference) for difference in differences if not (measure_only and difference.measured))
     reason = found[0] if found else None
-    verification.verdict = "within budget" if measure_only else "passed" if reason is None else "failed"
+    passed = "within budget" if measure_only else "passed"
+    verification.verdict = passed if reason is None else "failed"
     return WholeCheck(verification, reason, found)
 
 
+def why_not_same(plan: Plan, reference: Reference, candidate: Path, *, bitwise: bool) -> str | None:
+    """T2 alone: why a file, with the runtime's optimizations off, does not count as the same; None where it does."""
+    from graphopt.verification.whole import compare
+
+    results = run_file(candidate, reference, plan.custom_ops, deployed=False)
+    assert results is not None
+    differences, _ = compare(reference, results, bitwise=bitwise)
+    return str(differences[0]) if differences else None
+
+
+# Sessions of a file are made side by side where its weights fit into memory several times.
+_SIDE_BY_SIDE_BYTES = 1 << 28
+
+
+def _open_candidate(candidate: Path, custom_ops: Path | None) -> dict[bool, Future[Any]]:
+    """Begin to load a small file as deployed and with the optimizations off, while T1 is at work."""
+    from graphopt.runtime.session import create_session_soon
+
+    if sum(file.stat().st_size for file in candidate.parent.iterdir()) > _SIDE_BY_SIDE_BYTES:
+        return {}
+    return {
+        deployed: create_session_soon(candidate, optimized=deployed, threads=1, custom_ops=custom_ops)
+        for deployed in (False, True)
+    }
+
+
 def run_file(
-    path: Path, reference: Reference, custom_ops: Path | None, *, deployed: bool
+    path: Path,
+    reference: Reference,
+    custom_ops: Path | None,
+    *,
+    deployed: bool,
+    session: Future[Any] | None = None,
 ) -> list[dict[str, Any]] | None:
-    """Run a file on the reference's cases. None: as deployed it cannot run here (it needs a float32 twin)."""
+    """Run a file on the reference's cases. None: as deployed it cannot run here (it needs a float32 twin).
+
+    Args:
+        path: The file.
+        reference: For the cases, and what it took to run the original.
+        custom_ops: A library of custom operators.
+        deployed: Whether the runtime's optimizations are on.
+        session: A session of the file that is being made already.
+    """
     from graphopt.runtime.session import create_session
     from graphopt.verification import runnable
     from graphopt.verification.whole import run_case, session_for
@@ -346,28 +421,35 @@ def run_file(
         model = load_model(path)
         infer_shapes(model)
         runnable.prepare(model, has_custom_ops=custom_ops is not None)
-        session = session_for(model, optimized=deployed, custom_ops=custom_ops)
+        made = session_for(model, optimized=deployed, custom_ops=custom_ops)
+    elif session is not None:
+        made = session.result()
     else:
-        session = create_session(path, optimized=deployed, threads=1, custom_ops=custom_ops)
-    return [run_case(session, case) for case in reference.feeds]
+        made = create_session(path, optimized=deployed, threads=1, custom_ops=custom_ops)
+    return [run_case(made, case) for case in reference.feeds]
 
 
-def _culprit(plan: Plan, reference: Reference, attempt: Attempt) -> Application | None:
+def _culprit(plan: Plan, span: Span, attempt: Attempt) -> Application | None:
     """The first application without which everything before it passes and with which it does not, by bisection."""
     import tempfile
 
     applications = attempt.context.applications
+    is_whole = span.begins_at == 0 and span.ends_at is None
 
     def passes(count: int) -> bool:
         trial = run_attempt(plan, skip=dict.fromkeys(attempt.context.skip, ""), limit=count, watch=False)
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
             target = Path(folder) / "candidate.onnx"
             with stage_model(trial.model, target) as staged:
-                outcome = check_whole(plan, reference, staged.staged_path, bitwise=trial.bitwise)
-        return outcome.reason is None
+                if is_whole:
+                    outcome = check_whole(
+                        plan, span.reference, staged.staged_path, bitwise=trial.bitwise, measure_only=trial.lossy
+                    )
+                    return outcome.reason is None
+                return why_not_same(plan, span.reference, staged.staged_path, bitwise=span.bitwise) is None
 
-    low, high = 0, len(applications)
-    if not applications or not passes(0):
+    low, high = span.begins_at, len(applications) if span.ends_at is None else span.ends_at
+    if low == high or not passes(low):
         return None
     while high - low > 1:
         middle = (low + high) // 2

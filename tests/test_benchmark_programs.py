@@ -132,6 +132,21 @@ def test_a_fault_is_killed_and_a_harmless_one_set_aside(tmp_path: Path) -> None:
     assert set(dropped.values()) == {"killed"}
 
 
+def test_a_survivor_is_harmless_where_every_operator_gives_the_same_bits(tmp_path: Path) -> None:
+    """Adding zeros ends a chain that the runtime computes in float32; without, another value is rounded."""
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float16[N, 16] x) => (float16[N, M] y)
+        <float16[1] zero = {0}> { t = Transpose(x)  m = MatMul(x, t)  DROP  y = Exp(s) }"""
+    original, same, other = (tmp_path / f"{name}.onnx" for name in ("original", "same", "other"))
+    onnx.save(onnx.parser.parse_model(text.replace("DROP", "s = Add(m, zero)")), original)
+    onnx.save(onnx.parser.parse_model(text.replace("DROP", "s = Identity(m)")), same)
+    onnx.save(onnx.parser.parse_model(text.replace("DROP", "s = Neg(m)")), other)
+    x = np.random.default_rng(0).standard_normal((3, 16)).astype(np.float16)
+    assert mutations._same_by_definition(original, same, [{"x": x}])
+    assert not mutations._same_by_definition(original, other, [{"x": x}])
+    verdict, how = mutations.explain(original, other)
+    assert not verdict and how.startswith("MISSED")
+
+
 def test_sites_are_drawn_once_each_and_the_same_every_time(tmp_path: Path) -> None:
     paths = [tmp_path / "small.onnx", tmp_path / "mlp.onnx"]
     ir.save(many_small_nodes(100), paths[0])

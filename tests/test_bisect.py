@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -83,8 +85,42 @@ def test_conditions_are_the_tolerance(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_model_that_fails_as_it_is_cannot_be_bisected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = long_model(tmp_path, 20)
-    with pytest.raises(GraphoptError, match="the unchanged model already fails"):
+    with pytest.raises(GraphoptError, match="the unchanged model fails too") as caught:
         graphopt.bisect(source, recipe=(), settings=register(monkeypatch, with_mistake("v7")), fail_if=["max_abs>=0"])
+    assert "give a --fail-if that the unchanged model passes" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def noisy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runtime whose optimizations move every output by 1e-3."""
+    run = bisecting.run_file
+
+    def moved(*arguments: Any, deployed: bool) -> list[dict[str, Any]] | None:
+        results = run(*arguments, deployed=deployed)
+        if results is None or not deployed:
+            return results
+        return [{name: array + np.float32(1e-3) for name, array in case.items()} for case in results]
+
+    monkeypatch.setattr(bisecting, "run_file", moved)
+
+
+def test_a_tolerance_below_what_the_runtimes_optimizations_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no rewrite's fault: with them off the culprit is found, or none is."""
+    noisy(monkeypatch)
+    source = long_model(tmp_path, 20)
+    wrong = register(monkeypatch, with_mistake("v7"))
+    culprit = graphopt.bisect(source, recipe=(), settings=wrong, fail_if=["max_abs>1e-4"])
+    assert culprit is not None
+    assert culprit.application.key == "again:again@v7"
+    assert culprit.reason.endswith("with the runtime's optimizations off (on, they alone break the tolerance)")
+    right = register(monkeypatch, with_mistake(None))
+    with pytest.raises(GraphoptError) as caught:
+        graphopt.bisect(source, recipe=(), settings=right, fail_if=["max_abs>1e-4"])
+    line = str(caught.value)
+    assert "no rewrite is to blame: the unchanged model breaks the tolerance as well: max_abs>1e-4 holds" in line
+    assert "give a --fail-if above that" in line
+    assert "\n" not in line
+    assert graphopt.bisect(source, recipe=(), settings=right, fail_if=["max_abs>1e-2"]) is None
 
 
 def test_the_first_tensor_is_the_one_in_the_originals_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,8 +192,8 @@ def test_what_differs_only_as_deployed_is_avoided_and_said_so(net: Path, monkeyp
     settings = register(monkeypatch, once(swap("Abs", "Abs", name="unlucky")))
     real = optimizing.run_file
 
-    def miscompiled(path: Path, *args: Any, deployed: bool) -> list[dict[str, Any]] | None:
-        results = real(path, *args, deployed=deployed)
+    def miscompiled(path: Path, *args: Any, deployed: bool, session: Any = None) -> list[dict[str, Any]] | None:
+        results = real(path, *args, deployed=deployed, session=session)
         if deployed and any("unlucky" in n.metadata_props.get("graphopt.pass", "") for n in ir.load(path).graph):
             assert results is not None
             return [{name: array + 1 for name, array in case.items()} for case in results]
@@ -212,8 +212,8 @@ def test_a_difference_that_no_rewrite_makes_ends_the_run(net: Path, monkeypatch:
     before = contents(net.parent)
     real = optimizing.run_file
 
-    def broken(*args: Any, deployed: bool) -> list[dict[str, Any]]:
-        results = real(*args, deployed=deployed)
+    def broken(*args: Any, deployed: bool, session: Any = None) -> list[dict[str, Any]]:
+        results = real(*args, deployed=deployed, session=session)
         assert results is not None
         return [{name: array + 1 for name, array in case.items()} for case in results]
 
@@ -311,6 +311,37 @@ def test_within_the_budget_it_is_written(net: Path, data: Path, monkeypatch: pyt
     assert 0 < report.verification.max_rel < 0.1
     assert report.verification.coverage["feeds"] == "calibration"
     assert report.undone == {}
+
+
+@pytest.mark.parametrize("stage", [Stage.ELIMINATE, Stage.FUSE])
+def test_a_budget_is_for_lossy_passes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: Stage) -> None:
+    """A small mistake, before or after, where only the whole model shows it, is no part of what the user allowed."""
+    text = LOOP.replace("(float[4] y)", "(float[4] y, float[4] z)").replace("> {", "> { p = Neg(x) z = Abs(p)", 1)
+    source = write(model(text), tmp_path)
+    cases = np.random.default_rng(1).standard_normal((4, 4)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=cases, n=np.full(4, 3, np.int64))
+    wrong = once(swap("Tanh", "Sin", name="wrong", stage=stage, kind=Kind.ROUNDING))
+    settings = register(monkeypatch, LOSSY, wrong)
+    report = graphopt.optimize(source, settings=settings, calibration=tmp_path / "data.npz", fail_if=["cosine<0.5"])
+    assert [key.partition(":")[0] for key in report.undone] == ["wrong"]
+    assert {record.name: record.kept for record in report.passes}["lossy"] == 1
+    assert report.verification.verdict == "within budget"
+
+
+def test_no_budget_covers_another_shape(net: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def transpose(node: ir.Node, ctx: Context) -> bool:
+        if node.op_type != "Tanh":
+            return False
+        flat = ctx.node("Transpose", node.inputs, {"perm": [1, 0]})
+        new = ctx.node("Tanh", flat.outputs, like=node.outputs[0])
+        return ctx.replace({node.outputs[0]: new.outputs[0]}, [flat, new], rule="turn", certain=True)
+
+    turned = once(rule(transpose, name="turned", kind=Kind.LOSSY, stage=Stage.QUANTISE))
+    report = graphopt.optimize(
+        net, settings=register(monkeypatch, LOSSY, turned), calibration=data, fail_if=["cosine<0.1"]
+    )
+    assert list(report.undone) == ["turned:turn@y"]
+    assert {record.name: record.kept for record in report.passes}["lossy"] == 1
 
 
 CONDITIONS = ["cosine<0.9999999", "max_abs>1e-6", "max_rel>=0.0001", "cosine <= 0.9999999"]

@@ -88,6 +88,46 @@ def test_a_pass_can_be_left_out_and_added(recipe: Callable[..., str]) -> None:
     assert [p.name for p in passes_of([off], ["plain.enabled=true"])] == ["plain"]
 
 
+def test_a_repeatable_pass_is_named_several_times(recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tunable, "repeatable", True)
+    text = (
+        "name: mine\npasses:\n  - {pass: tunable@b, density: 0.5}\n  - tunable\n  - {pass: tunable@a, strict: true}\n"
+    )
+    mine = load_recipe(recipe(text))
+    assert [step.pass_name for step in mine.passes] == ["tunable"] * 3
+    made = passes_of([mine], ["tunable@a.density=0.75"])
+    assert [p.name for p in made] == ["tunable@b", "tunable", "tunable@a"]
+    assert [p.parameters for p in made] == [
+        Parameters(density=0.5),
+        Parameters(),
+        Parameters(density=0.75, strict=True),
+    ]
+    assert [p.name for p in passes_of([mine], ["tunable@b.enabled=false"])] == ["tunable", "tunable@a"]
+    assert Tunable.name == "tunable"
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ("[plain, plain]", "recipe mine: names plain twice (a pass runs once; put its parameters into one entry)"),
+        ("[tunable, tunable]", "names tunable twice (tell them apart by labels: tunable@first, tunable@second)"),
+        ("[tunable@a, tunable@a]", "names tunable@a twice (tell them apart by labels: "),
+        ("[plain@a]", "recipe mine: pass plain runs once and takes no label (write plain)"),
+        ("['tunable@']", "recipe mine: '' is no label (letters, digits, - and _)"),
+        ("['tunable@a.b']", "recipe mine: 'a.b' is no label"),
+        ("[tunabel@a]", "recipe mine: no pass 'tunabel' (did you mean tunable?)"),
+    ],
+)
+def test_mistakes_in_labels(
+    passes: str, message: str, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tunable, "repeatable", True)
+    with pytest.raises(BadInput) as caught:
+        passes_of([load_recipe(recipe(f"name: mine\npasses: {passes}\n"))])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_passes_are_made_anew_each_time(recipe: Callable[..., str]) -> None:
     mine = [load_recipe(recipe("name: mine\npasses:\n  - pass: tunable\n    density: 0.5\n"))]
     (one,), (two,) = passes_of(mine, ["tunable.strict=true"]), passes_of(mine, ["tunable.strict=true"])
@@ -98,8 +138,8 @@ def test_passes_are_made_anew_each_time(recipe: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("saef", "no recipe 'saef' (did you mean safe?)"),
-        ("xyzzy", "no recipe 'xyzzy' (one of: "),
+        ("saef", "no recipe 'saef' (did you mean safe? there are fp16, int4, int8, safe; or give a .yaml file)"),
+        ("xyzzy", "no recipe 'xyzzy' (there are fp16, int4, int8, safe; or give a .yaml file)"),
         ("", "no recipe ''"),
         ("nowhere.yaml", "nowhere.yaml: no such file (--recipe takes a name or a .yaml file)"),
     ],

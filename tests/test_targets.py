@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import yaml
@@ -59,6 +62,101 @@ def test_supports(op: str, domain: str, opset: int, name: str, runs: bool) -> No
     assert load_target(name).supports(node, opset) is runs
 
 
+def codes(dtype: ir.DataType, zeros: object = None, *, op: str = "DequantizeLinear") -> ir.Node:
+    """A node that reads or writes codes of a type, with a constant zero point, one that is computed ("x"), or none."""
+    narrow = ir.Value(name="q", type=ir.TensorType(dtype))
+    wide = ir.Value(name="s", type=ir.TensorType(ir.DataType.FLOAT))
+    inputs: list[ir.Value | None] = [narrow if op == "DequantizeLinear" else wide, wide]
+    if zeros == "x":
+        inputs.append(ir.Value(name="z", type=ir.TensorType(dtype)))
+    elif zeros is not None:
+        tensor = ir.tensor(np.asarray(zeros, dtype.numpy()), dtype=dtype)
+        inputs.append(ir.Value(name="z", const_value=tensor))
+    node = ir.Node("", op, inputs)
+    node.outputs[0].type = ir.TensorType(dtype if op == "QuantizeLinear" else ir.DataType.FLOAT)
+    return node
+
+
+@pytest.mark.parametrize("op", ["QuantizeLinear", "DequantizeLinear"])
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize(
+    ("dtype", "zeros", "reason"),
+    [
+        ("INT8", None, None),
+        ("INT8", [0, 0], None),
+        ("INT8", [0, 1], "takes no zero points other than 0"),
+        ("INT8", "x", "takes no zero points other than 0"),
+        ("INT4", None, None),
+        ("INT4", [0, 0], None),
+        ("INT4", [0, -1], "takes no zero points other than 0"),
+        ("FLOAT8E4M3FN", [0.0], None),
+        ("UINT8", None, "takes no uint8 codes, only float4e2m1, float8e4m3fn, int4, int8"),
+        ("UINT8", [128], "takes no uint8 codes"),
+        ("UINT4", None, "takes no uint4 codes"),
+        ("FLOAT8E5M2", None, "takes no float8e5m2 codes"),
+    ],
+)
+def test_tensorrt_takes_some_codes_only(op: str, name: str, dtype: str, zeros: object, reason: str | None) -> None:
+    found = load_target(name).refuses(codes(ir.DataType[dtype], zeros, op=op), 21)
+    if reason is None:
+        assert found is None
+    else:
+        assert found is not None and found.startswith(f"{name} {reason}")
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxruntime"])
+def test_other_targets_take_all_codes(name: str) -> None:
+    for dtype, zeros in (("UINT8", [128]), ("UINT4", "x"), ("INT8", [3])):
+        assert load_target(name).refuses(codes(ir.DataType[dtype], zeros), 21) is None
+
+
+# Run in a process of its own: the library can abort. Prints which of its arguments, ONNX files, the parser takes.
+PARSE = """
+import sys
+import tensorrt_rtx_bindings as trt
+class Silent(trt.ILogger):
+    def log(self, severity, text): pass
+logger = Silent()
+for path in sys.argv[1:]:
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    print(int(trt.OnnxParser(network, logger).parse_from_file(path)))
+"""
+
+
+@pytest.mark.slow
+def test_what_is_said_of_tensorrt_rtx_is_what_its_parser_does(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    cases = [
+        (dtype, zero)
+        for dtype in ("INT8", "UINT8", "INT16", "UINT16", "INT4", "UINT4", "FLOAT8E4M3FN", "FLOAT8E5M2")
+        for zero in (None, 0, 1)
+        if not (dtype.startswith("FLOAT") and zero)  # floats have no zero point
+    ]
+    paths = []
+    for number, (name, zero) in enumerate(cases):
+        dtype = int(ir.DataType[name])
+        weights = [
+            onnx.helper.make_tensor("w", dtype, [16, 8], [1] * 128),
+            onnx.helper.make_tensor("s", onnx.TensorProto.FLOAT, [8], [0.5] * 8),
+        ]
+        if zero is not None:
+            weights.append(onnx.helper.make_tensor("z", dtype, [8], [zero] * 8))
+        nodes = [
+            onnx.helper.make_node("DequantizeLinear", [w.name for w in weights], ["f"], axis=1),
+            onnx.helper.make_node("MatMul", ["x", "f"], ["y"]),
+        ]
+        x, y = (onnx.helper.make_tensor_value_info(v, 1, [2, axis]) for v, axis in (("x", 16), ("y", 8)))
+        graph = onnx.helper.make_graph(nodes, "g", [x], [y], weights)
+        made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+        paths.append(tmp_path / f"{number}.onnx")
+        onnx.save(made, paths[-1])
+    done = subprocess.run([sys.executable, "-c", PARSE, *map(str, paths)], capture_output=True, text=True, check=False)
+    taken = [line == "1" for line in done.stdout.split()]
+    rtx = load_target("tensorrt-rtx")
+    assert taken == [rtx.refuses_codes(ir.DataType[name], zero_points=bool(zero)) is None for name, zero in cases]
+
+
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 
@@ -72,6 +170,24 @@ def test_larger_tensors_cost_more_and_weights_are_not_moved() -> None:
     assert small < cost("g (float[800,800] x) => (float[800,800] y) { y = Neg(x) }")
     with_input = cost("g (float[8] x, float[8] w) => (float[8] y) { y = Mul(x, w) }")
     assert cost("g (float[8] x) => (float[8] y) <float[8] w = {1,1,1,1,1,1,1,1}> { y = Mul(x, w) }") < with_input
+
+
+def test_new_constants_are_weights_too() -> None:
+    """A constant that no graph holds yet is not moved at run time either, nor is one in a Constant node."""
+    t = target()
+    shape = ir.Shape([800, 800])
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+    data = ir.tensor(np.ones((800, 800), np.float32))
+    new = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=shape, const_value=data)
+    kept = ir.Node("", "Constant", [], [ir.AttrTensor("value", data)])
+    kept.outputs[0].shape, kept.outputs[0].type = shape, x.type
+
+    def mul(w: ir.Value) -> float:
+        node = ir.Node("", "Mul", [x, w])
+        node.outputs[0].shape, node.outputs[0].type = shape, x.type
+        return t.cost([node])
+
+    assert mul(new) == mul(kept.outputs[0]) == pytest.approx(mul(x) - 800 * 800 * 4 / 8e3)
 
 
 def test_products_cost_by_their_multiply_adds() -> None:
@@ -136,6 +252,13 @@ def test_a_target_from_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "here.yaml").read_bytes() == first
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt-rtx"])
+def test_a_target_that_is_written_is_the_same(name: str, tmp_path: Path) -> None:
+    found = load_target(name)
+    profiling.write_target(found, found.costs, tmp_path / "t.yaml")
+    assert load_target(str(tmp_path / "t.yaml")) == found
+
+
 def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(GraphoptError, match="cannot be written: No such file"):
         profiling.write_target(load_target("onnx"), CostProfile(), tmp_path / "nowhere" / "t.yaml")
@@ -151,6 +274,12 @@ def test_a_target_that_cannot_be_written(tmp_path: Path) -> None:
         ("t.yaml", "just text", "not a target description: "),
         ("t.yaml", {"costs": {"node": "much"}}, "costs.node: Input should be a valid number"),
         ("t.yaml", {"costs": {"nod": 1.0}}, "costs.nod: Extra inputs are not permitted"),
+        (
+            "t.yaml",
+            {"quantised": {"types": ["int7"]}},
+            "quantised.types.0: there is no element type 'int7' (",
+        ),
+        ("t.yaml", {"quantised": {"zero_points": True}}, "quantised.types: Field required"),
         ("t.yaml", {"colour": "blue"}, "colour: Extra inputs are not permitted"),
     ],
 )

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 from dataclasses import dataclass
 
-from graphopt.errors import BadInput, MissingDependency
+from graphopt.errors import BadInput, MissingDependency, install_hint
 
 
 @dataclass(frozen=True)
@@ -52,5 +52,5 @@ def find_backend(name: str) -> Backend:
         )
     backend = BACKENDS[name]
     if not any(importlib.util.find_spec(module) for module in backend.modules):
-        raise MissingDependency(f"{backend.title} is not installed", hint=f"pip install 'graphopt[{backend.extra}]'")
+        raise MissingDependency(f"{backend.title} is not installed", hint=install_hint(backend.extra))
     return backend

@@ -97,7 +97,9 @@ def build_engine(
         with tempfile.TemporaryDirectory(prefix="graphopt-build-") as scratch:
             folder = Path(scratch)
             request = {
+                "runtime_operators": _runtime_operators(network),
                 "title": library.title,
+                "target": library.name,
                 "modules": library.modules,
                 "oldest": library.oldest,
                 "model": str(_inlined(network, source, folder)),
@@ -139,6 +141,15 @@ def _inlined(model: ir.Model, source: Path, folder: Path) -> Path:
     copy = folder / "inlined.onnx"
     copy.write_bytes(ir.to_proto(model).SerializeToString())
     return copy
+
+
+def _runtime_operators(model: ir.Model) -> list[str]:
+    """The types of ONNX Runtime's own operators in a model; the parser's errors do not tell domains."""
+    nodes = [
+        *model.graph.all_nodes(),
+        *(node for function in model.functions.values() for node in function.all_nodes()),
+    ]
+    return sorted({node.op_type for node in nodes if node.domain == "com.microsoft"})
 
 
 def _run_child(

@@ -90,7 +90,7 @@ def build(trt: Any, request: dict[str, Any], log: IO[str]) -> dict[str, Any]:
     # The path given with the bytes is where external data is looked for, beside the original.
     content = Path(request["model"]).read_bytes()
     if not parser.parse(content, request["beside"]):
-        raise _parse_failure(parser, request["title"], logger)
+        raise _parse_failure(parser, request, logger)
     del content
     config = builder.create_builder_config()
     _add_profile(builder, network, config, request)
@@ -147,7 +147,8 @@ _HINTS = {
 }
 
 
-def _parse_failure(parser: Any, title: str, logger: Any) -> BuildFailed:
+def _parse_failure(parser: Any, request: dict[str, Any], logger: Any) -> BuildFailed:
+    title = request["title"]
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     # Parsers name a node once for each level it fails at; the first is the one with the reason.
     first_of = {(error.node_name(), error.node_operator()): error for error in reversed(errors)}
@@ -157,6 +158,8 @@ def _parse_failure(parser: Any, title: str, logger: Any) -> BuildFailed:
     error = real[0]
     operator, name, text = error.node_operator(), error.node_name(), " ".join(error.desc().split())
     hint = next((tip for key, tip in _HINTS.items() if key in (operator, text) or key in text), None)
+    if operator in request["runtime_operators"]:
+        hint = f"{operator} is ONNX Runtime's own: optimize with --target {request['target']}, which uses none of those"
     if "Plugin not found" in text:
         what = f"{title} has no operator {operator!r}"
         hint = hint or "a custom operator needs a plugin, or a function body of standard operators"

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import BadInput, MissingDependency
+from graphopt.errors import BadInput, MissingDependency, install_hint
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ def require_torch() -> None:
     """Raise MissingDependency where torch or what its exporter needs is not installed."""
     for name in ("torch", "onnxscript"):
         if importlib.util.find_spec(name) is None:
-            raise MissingDependency(f"export needs {name}", hint="pip install 'graphopt[export]'")
+            raise MissingDependency(f"export needs {name}", hint=install_hint("export"))
 
 
 def load_factory(spec: str) -> Callable[[], Any]:

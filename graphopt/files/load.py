@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import stat
@@ -15,6 +14,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from graphopt import garbage, graphs
 from graphopt.errors import BadInput
 from graphopt.files.check import check_model
 from graphopt.files.explain import explain
@@ -22,6 +22,7 @@ from graphopt.files.external import ExternalFiles
 from graphopt.files.sniff import recognise
 
 PROTOBUF_LIMIT = (1 << 31) - 1
+_SMALL_BYTES = 1024
 
 # Set in ``model.graph.meta`` where the file had external data: a save then keeps the weights outside, even if passes
 # have replaced every one of them. (On the graph because ``ir.Model.clone`` does not copy the model's own meta.)
@@ -48,12 +49,13 @@ def load_model(path: str | Path) -> ir.Model:
     where = _printable(os.fspath(path))
     folder = Path(os.path.abspath(file)).parent  # as given: a linked .onnx has its data beside the link  # noqa: PTH100
     proto = _parse(_read(file, where), where)
-    with _quiet(), _no_collection():
+    with _quiet(), garbage.paused():
         try:
             model = ir.serde.deserialize_model(proto)
         except Exception as error:
             raise explain(proto, error, where) from None
         external = check_model(model, proto, ExternalFiles(folder, where), where)
+        _take_weights_out(model)
     if external:
         model.graph.meta[EXTERNAL] = True
     if model.ir_version < 4:
@@ -63,6 +65,28 @@ def load_model(path: str | Path) -> ir.Model:
             model.graph.inputs.extend(kept)
         model.ir_version = 4
     return model
+
+
+def _take_weights_out(model: ir.Model) -> None:
+    """Make arrays of the weights in the file, once: a protobuf message copies its bytes whenever they are looked at.
+
+    The message is dropped with the last of them.
+    """
+    for graph in graphs.all_graphs(model):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.serde.TensorProtoTensor) or tensor.nbytes <= _SMALL_BYTES:
+                continue
+            if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
+                continue
+            value.const_value = ir.Tensor(
+                tensor.numpy(),
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name,
+                doc_string=tensor.doc_string,
+                metadata_props=dict(tensor.metadata_props),
+            )
 
 
 def _printable(text: str) -> str:
@@ -143,15 +167,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.disabled = before
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection while a graph is built: every object lives, so looking for dead ones is wasted."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,15 @@ from graphopt.rewrite.contract import Pass
 from graphopt.rewrite.discovery import get_pass
 
 BUILT_IN = Path(__file__).parent
+LABEL = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Step(BaseModel):
-    """One pass of a recipe: its name alone, or a mapping of ``pass`` and parameters."""
+    """One pass of a recipe: its name alone, or a mapping of ``pass`` and parameters.
+
+    A pass that does something else each time (``Pass.repeatable``) can be named more than once, with a label that
+    tells the steps apart: ``graphsurgeon@cleanup``.
+    """
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
@@ -28,6 +34,11 @@ class Step(BaseModel):
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"pass": value} if isinstance(value, str) else value
+
+    @property
+    def pass_name(self) -> str:
+        """The name without its label."""
+        return self.name.partition("@")[0]
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -67,8 +78,10 @@ def load_recipe(name: str) -> Recipe:
         path = Path(name)
         if path.suffix not in (".yaml", ".yml"):
             near = difflib.get_close_matches(name, recipe_names(), 1)
-            hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(recipe_names())}, or a .yaml file"
-            raise BadInput(f"no recipe '{name}'", hint=hint)
+            guess = f"did you mean {near[0]}? " if near else ""
+            raise BadInput(
+                f"no recipe '{name}'", hint=f"{guess}there are {', '.join(recipe_names())}; or give a .yaml file"
+            )
         if not path.is_file():
             raise BadInput("no such file", where=str(path), hint="--recipe takes a name or a .yaml file")
     try:
@@ -92,17 +105,23 @@ def passes_of(recipes: Sequence[Recipe], settings: Sequence[str] = ()) -> list[P
     Args:
         recipes: In the order given by the user.
         settings: ``PASS.KEY=VALUE``; the value is read as YAML. ``PASS.enabled=false`` leaves a pass out, and a pass
-            that no recipe names is added.
+            that no recipe names is added. PASS is a name as a recipe writes it, with its label if it has one.
 
     Raises:
-        BadInput: An unknown pass or parameter, or a value of the wrong type.
+        BadInput: An unknown pass or parameter, a value of the wrong type, a pass that one recipe names twice, or a
+            label on a pass that takes none.
     """
     steps: dict[str, dict[str, Any]] = {}
     origin: dict[str, str] = {}
     for recipe in recipes:
+        where = f"recipe {recipe.name}"
+        named: set[str] = set()
         for step in recipe.passes:
+            if step.name in named:
+                raise BadInput(f"names {step.name} twice", where=where, hint=_how_to_repeat(step.name, where))
+            named.add(step.name)
             steps.setdefault(step.name, {}).update(step.parameters)
-            origin[step.name] = f"recipe {recipe.name}"
+            origin[step.name] = where
     for setting in settings:
         name, key, value = _parse(setting)
         steps.setdefault(name, {})[key] = value
@@ -121,11 +140,35 @@ def _parse(setting: str) -> tuple[str, str, Any]:
         raise BadInput(f"cannot read the value of --set {setting}") from error
 
 
-def _make(name: str, values: Mapping[str, Any], origin: str) -> Pass:
+def _class(name: str, origin: str) -> type[Pass]:
     try:
-        cls = get_pass(name)
+        return get_pass(name)
     except BadInput as error:
         raise BadInput(error.what, where=origin, hint=error.hint) from error
+
+
+def _how_to_repeat(name: str, origin: str) -> str:
+    base = name.partition("@")[0]
+    if _class(base, origin).repeatable:
+        return f"tell them apart by labels: {base}@first, {base}@second"
+    return "a pass runs once; put its parameters into one entry"
+
+
+def _make(name: str, values: Mapping[str, Any], origin: str) -> Pass:
+    base, labelled, label = name.partition("@")
+    cls = _class(base, origin)
+    if labelled and not cls.repeatable:
+        raise BadInput(f"pass {base} runs once and takes no label", where=origin, hint=f"write {base}")
+    if labelled and not LABEL.fullmatch(label):
+        raise BadInput(f"'{label}' is no label", where=origin, hint="letters, digits, - and _")
+    made = _configured(cls, values, origin)
+    # Records, keys of applications and what is left out go by this name.
+    made.name = name  # type: ignore[misc]
+    return made
+
+
+def _configured(cls: type[Pass], values: Mapping[str, Any], origin: str) -> Pass:
+    name = cls.name
     if cls.Parameters is None:
         if values:
             raise BadInput(f"pass {name} takes no parameter '{next(iter(values))}'", where=origin)

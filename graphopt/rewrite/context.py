@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.rewrite.contract import Kind, Pass
+from graphopt.rewrite.contract import Kind, Pass, Saves
 from graphopt.shapes import inherit_trust
 from graphopt.targets import Target
 
@@ -41,6 +42,14 @@ class Application:
     outputs: list[tuple[str, str]] = field(default_factory=list)
 
 
+class Checkpoint(Enum):
+    """Where whole models can be compared."""
+
+    STAGE_DONE = "stage done"
+    BEFORE_LOSSY = "before a lossy pass"
+    AFTER_LOSSY = "after a lossy pass"
+
+
 class Observer(Protocol):
     """Something that watches replacements: verification, bisection, a dump. Called before the model changes."""
 
@@ -57,6 +66,9 @@ class Observer(Protocol):
 
     def rewritten(self, model: ir.Model) -> None:
         """A foreign pass has changed the model its own way."""
+
+    def checkpoint(self, model: ir.Model, reached: Checkpoint) -> None:
+        """The passes have got so far."""
 
 
 class Context:
@@ -181,12 +193,13 @@ class Context:
             nodes: New nodes in topological order, in no graph yet.
             rule: Which rule of the pass this is.
             before: Where the new nodes go; default: before the node that produces the first old value.
-            certain: The rule knows that the result is never dearer, and the cost profile is not asked (which takes
-                both branches of an If for taken half of the time, and sees no gain until the last reader is gone).
+            certain: The rule knows that the result is never dearer, and nobody is asked (the cost profile takes both
+                branches of an If for taken half of the time, and sees no gain until the last reader is gone).
 
         Returns:
             False where nothing was changed: the application is on the skip list, the target does not run a new node,
-            or its cost profile does not call the result cheaper.
+            or nothing is gained. What is to be gained the pass says (``Pass.saves``): time by the target's cost
+            profile, or bytes of constants.
         """
         assert self._current is not None, "replace() works inside a pass only"
         old_values = list(outputs)
@@ -198,16 +211,15 @@ class Context:
         key = self._key(rule, old_values[0].name)
         if key in self.skip or (self.limit is not None and len(self.applications) >= self.limit):
             return self._drop(nodes)
-        unsupported = next((n for n in nodes if not self.target.supports(n, self.opset)), None)
+        unsupported = next(filter(None, (self.target.refuses(node, self.opset) for node in nodes)), None)
         if unsupported is not None:
-            self.refuse(anchor, f"{self.target.name} does not run {unsupported.op_type} (opset {self.opset})")
+            self.refuse(anchor, unsupported)
             return self._drop(nodes)
 
         mapping, nodes = self._keep_output_names(outputs, nodes)
         dying = self._dying(mapping)
-        if nodes and not certain and not self.target.cheaper(nodes, dying):
-            self.not_cheaper[self._current.name] += 1
-            self.refuse(anchor, f"not cheaper on {self.target.name}")
+        if nodes and not certain and (loss := self._gains_nothing(nodes, dying)) is not None:
+            self.refuse(anchor, loss)
             return self._drop(nodes)
 
         application = Application(
@@ -279,6 +291,11 @@ class Context:
         for observer in self.observers:
             observer.rewritten(self.model)
 
+    def checkpoint(self, reached: Checkpoint) -> None:
+        """Called by the manager: tell the observers how far the passes have got."""
+        for observer in self.observers:
+            observer.checkpoint(self.model, reached)
+
     def running(self, current: Pass | None) -> None:
         """Called by the manager: which pass the next replacements belong to."""
         self._current = current
@@ -291,6 +308,18 @@ class Context:
         # Only what was done counts: a rule that was refused somewhere keeps its key when it tries again.
         count = self._keys[base]
         return base if count == 0 else f"{base}#{count + 1}"
+
+    def _gains_nothing(self, new: Sequence[ir.Node], old: Sequence[ir.Node]) -> str | None:
+        """Why new nodes are no gain over the old ones in what the pass saves; None where they are."""
+        assert self._current is not None
+        if self._current.saves is Saves.BYTES:
+            # A constant that both read, a bias for one, counts on both sides.
+            after, before = _constant_bytes(new), _constant_bytes(old)
+            return None if after < before else f"its constants would take {after:,} bytes, they take {before:,}"
+        if self.target.cheaper(new, old):
+            return None
+        self.not_cheaper[self._current.name] += 1
+        return f"not cheaper on {self.target.name}"
 
     def _drop(self, nodes: Sequence[ir.Node]) -> bool:
         for node in nodes:
@@ -483,11 +512,22 @@ def _may_become_output(old: ir.Value, new: ir.Value) -> bool:
     return producer is not None and producer.graph is old.graph and not new.is_graph_output()
 
 
+def _read_values(nodes: Sequence[ir.Node]) -> list[ir.Value]:
+    """What nodes read, their bodies too."""
+    found = [value for node in nodes for value in node.inputs if value is not None]
+    found.extend(v for n in nodes for body in graphs.subgraphs(n) for v in graphs.captured_values(body))
+    return found
+
+
+def _constant_bytes(nodes: Sequence[ir.Node]) -> int:
+    """The bytes of the constants that nodes read, each counted once; no value is read."""
+    tensors = {value: value.const_value or graphs.constant_tensor(value) for value in _read_values(nodes)}
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
+
+
 def _new_constants(mapping: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]) -> list[ir.Value]:
     """The constants that a replacement brings along: values with a tensor that no graph holds and no node makes."""
-    candidates = [value for node in nodes for value in node.inputs if value is not None]
-    candidates.extend(v for n in nodes for body in graphs.subgraphs(n) for v in graphs.captured_values(body))
-    candidates.extend(mapping.values())
+    candidates = [*_read_values(nodes), *mapping.values()]
     found: dict[ir.Value, None] = {}
     for value in candidates:
         if value.const_value is not None and value.producer() is None and value.graph is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +27,18 @@ class Kind(enum.StrEnum):
     """Within the budget that the user named. There is no default budget."""
 
 
+class Saves(enum.StrEnum):
+    """What a pass makes less of; ``ctx.replace`` makes no replacement that does not."""
+
+    TIME = "time"
+    """The target's cost profile calls the new nodes cheaper than the old ones."""
+    BYTES = "bytes"
+    """The constants that the new nodes read take fewer bytes than those that the old nodes read.
+
+    Each reader of a constant is judged for itself: the pass sees to it that all of them share the new one.
+    """
+
+
 class Stage(enum.IntEnum):
     """When a pass runs. Order matters: merging after pruning destroys masks, quantising before rotating is wrong."""
 
@@ -39,6 +53,23 @@ class Stage(enum.IntEnum):
     FUSE = 8
     SPLIT = 9
     FINALISE = 10
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a pass, for people.
+
+    Attributes:
+        name: Its key.
+        required: Whether it must be given.
+        default: What it is where it is not given; None where it must be.
+        description: What it is.
+    """
+
+    name: str
+    required: bool
+    default: object
+    description: str
 
 
 @dataclass(frozen=True)
@@ -69,15 +100,41 @@ class Pass(ABC):
         kind: The promise about the numbers.
         stage: When it runs.
         explanation: What it does, for people.
+        saves: By what its replacements are judged: time, or the bytes of constants where it makes a model smaller and
+            not faster.
+        repeatable: Whether a recipe may name it more than once, as ``name@label``: it does something else each time.
         Parameters: A pydantic model of the pass's parameters, or None where it has none. ``--set name.key=value``
-            sets them.
+            sets them; the ``Attributes:`` of its docstring say what they are.
     """
 
     name: ClassVar[str]
     kind: ClassVar[Kind]
     stage: ClassVar[Stage]
     explanation: ClassVar[Explanation]
+    saves: ClassVar[Saves] = Saves.TIME
+    repeatable: ClassVar[bool] = False
     Parameters: ClassVar[type[BaseModel] | None] = None
+
+    @classmethod
+    def summary(cls) -> str:
+        """What the pass does, on one line: the first paragraph of its docstring."""
+        return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+
+    @classmethod
+    def explain_parameters(cls) -> list[Parameter]:
+        """The parameters of the pass, each described by its field or by the ``Attributes:`` of the docstring."""
+        model = cls.Parameters
+        if model is None:
+            return []
+        return [
+            Parameter(
+                name,
+                field.is_required(),
+                None if field.is_required() else field.get_default(call_default_factory=True),
+                field.description or _attribute(model, name),
+            )
+            for name, field in model.model_fields.items()
+        ]
 
     def __init__(self, parameters: Mapping[str, object] | None = None) -> None:
         self.parameters = None if self.Parameters is None else self.Parameters.model_validate(parameters or {})
@@ -85,6 +142,22 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, ctx: Context) -> None:
         """Rewrite ``ctx.model`` in place, through ``ctx``."""
+
+
+def as_setting(value: object) -> str:
+    """A parameter's value as one would write it after ``--set``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, (tuple, list)) else str(value)
+
+
+def _attribute(cls: type[object], name: str) -> str:
+    """What the ``Attributes:`` section of a class's docstring says of one of them, on one line."""
+    told = inspect.getdoc(cls) or ""
+    found = re.search(rf"^ {{4}}{name}: (.*?)(?=^ {{0,4}}\S|\Z)", told, re.MULTILINE | re.DOTALL)
+    return "" if found is None else " ".join(found[1].split())
 
 
 class ForeignPass(Pass):

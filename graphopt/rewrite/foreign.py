@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.errors import BadInput, MissingDependency
+from graphopt.errors import BadInput, MissingDependency, install_hint
 from graphopt.rewrite.context import Context
 from graphopt.rewrite.contract import Explanation, ForeignPass, Kind, Pass, Stage
 from graphopt.verification.structure import sort_if_needed
@@ -330,9 +330,7 @@ def apply_graphsurgeon(model: ir.Model, function: Callable[[Any], Any], label: s
     try:
         import onnx_graphsurgeon as gs
     except ImportError as error:
-        raise MissingDependency(
-            "needs onnx-graphsurgeon", where=label, hint="pip install 'graphopt[graphsurgeon]'"
-        ) from error
+        raise MissingDependency("needs onnx-graphsurgeon", where=label, hint=install_hint("graphsurgeon")) from error
 
     _refuse_what_graphsurgeon_spoils(model, label)
     aside = Aside(model)

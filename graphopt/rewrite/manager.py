@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from graphopt import graphs
 from graphopt.errors import GraphoptError
-from graphopt.rewrite.context import Context
-from graphopt.rewrite.contract import Pass, Stage
+from graphopt.rewrite.context import Checkpoint, Context
+from graphopt.rewrite.contract import Kind, Pass, Stage
 from graphopt.verification.structure import check_structure, interface_of, sort_if_needed
 
 # A stage is repeated while it still finds something; elimination chains are short, and a pass that never settles
@@ -87,6 +87,8 @@ def run_passes(
             changed = changed or round_changed
             if not round_changed or stage is Stage.IMPORT:
                 break
+        if changed:
+            ctx.checkpoint(Checkpoint.STAGE_DONE)
         return changed
 
     def run_one(p: Pass) -> bool:
@@ -96,6 +98,9 @@ def run_passes(
             record.nodes_before = record.nodes_after = nodes
         before = len(ctx.applications)
         start = time.perf_counter()
+        lossy = p.kind is Kind.LOSSY
+        if lossy:
+            ctx.checkpoint(Checkpoint.BEFORE_LOSSY)
         ctx.running(p)
         try:
             p.apply(ctx)
@@ -115,6 +120,8 @@ def run_passes(
                     where=f"pass {p.name}",
                     hint=f"leave it out with --set {p.name}.enabled=false, and report it",
                 )
+            if lossy:
+                ctx.checkpoint(Checkpoint.AFTER_LOSSY)
         record.seconds += time.perf_counter() - start
         record.applications += made
         record.kept += made

@@ -6,10 +6,11 @@ two at once is an undefined mixture of both. The base of graphopt depends on non
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from graphopt.errors import MissingDependency
+from graphopt.errors import MissingDependency, install_hint
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -48,9 +49,7 @@ def onnxruntime_flavour() -> tuple[str, str]:
     """
     found = installed_flavours()
     if not found:
-        raise MissingDependency(
-            "onnxruntime is not installed", hint="pip install 'graphopt[cpu]' or pip install 'graphopt[gpu]'"
-        )
+        raise MissingDependency("onnxruntime is not installed", hint=install_hint("cpu", "gpu"))
     if len(found) > 1:
         raise MissingDependency(
             f"{' and '.join(found)} are installed together and overwrite each other",
@@ -59,8 +58,9 @@ def onnxruntime_flavour() -> tuple[str, str]:
     return next(iter(found.items()))
 
 
+@cache
 def import_onnxruntime() -> ModuleType:
-    """Import onnxruntime, or say what to install.
+    """Import onnxruntime, or say what to install. Once: looking for what is installed takes longer than a session.
 
     Raises:
         MissingDependency: None or more than one flavour is installed, or the installed one does not load.

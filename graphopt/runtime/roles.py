@@ -7,200 +7,39 @@ is computed and no weight is touched, except constants of one element.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.graphs import constant_array, nested_graphs, subgraphs
-
-Scalar = int | float | bool | str
-
-# Operators whose output holds values of this input (None: of any input).
-_PASS_ON: dict[str, tuple[int, ...] | None] = {
-    "Identity": (0,),
-    "Cast": (0,),
-    "CastLike": (0,),
-    "Reshape": (0,),
-    "Unsqueeze": (0,),
-    "Squeeze": (0,),
-    "Flatten": (0,),
-    "Transpose": (0,),
-    "Expand": (0,),
-    "Tile": (0,),
-    "Slice": (0,),
-    "Split": (0,),
-    "Concat": None,
-    "Gather": (0,),
-    "GatherElements": (0,),
-    "GatherND": (0,),
-    "ScatterElements": (0, 2),
-    "ScatterND": (0, 2),
-    "Clip": (0,),
-    "Where": (1, 2),
-    "Max": None,
-    "Min": None,
-    "Pad": (0,),
-    "Dropout": (0,),
-    "Trilu": (0,),
-    "ReduceMax": (0,),
-    "ReduceMin": (0,),
-    "Not": (0,),
-    "And": None,
-    "Or": None,
-}
-
-# What an input of an operator means for the values that may be fed to it.
-_MEANINGS: dict[tuple[str, int], str] = {
-    ("Where", 0): "condition",
-    ("If", 0): "switch",
-    ("Loop", 0): "trip_count",
-    ("Loop", 1): "loop_condition",
-    ("Compress", 1): "condition",
-    ("Reshape", 1): "reshape",
-    ("Expand", 1): "ones",
-    ("Tile", 1): "repeats",
-    ("Slice", 1): "zero",
-    ("Slice", 2): "large",
-    ("Slice", 3): "axes",
-    ("Slice", 4): "ones",
-    ("Pad", 1): "pads",
-    ("Pad", 3): "axes",
-    ("TopK", 1): "count",
-    ("ConstantOfShape", 0): "size",
-    ("Range", 0): "zero",
-    ("Range", 1): "size",
-    ("Range", 2): "ones",
-    ("Unsqueeze", 1): "axes",
-    ("Squeeze", 1): "axes",
-    ("CumSum", 1): "zero",
-    ("CumProd", 1): "zero",
-    ("Split", 1): "split",
-    ("SplitToSequence", 1): "ones",
-    ("DFT", 1): "size",
-    ("DFT", 2): "ones",
-    ("STFT", 1): "ones",
-    ("STFT", 3): "size",
-    ("HannWindow", 0): "size",
-    ("HammingWindow", 0): "size",
-    ("BlackmanWindow", 0): "size",
-    ("Col2Im", 1): "size",
-    ("Col2Im", 2): "ones",
-    ("AffineGrid", 1): "size",
-    ("Trilu", 1): "zero",
-    ("OneHot", 1): "depth",
-    ("Resize", 1): "positive",
-    ("Resize", 2): "scales",
-    ("Upsample", 1): "scales",
-    ("Resize", 3): "size",
-    ("NonMaxSuppression", 2): "size",
-    ("NonMaxSuppression", 3): "unit_interval",
-    ("NonMaxSuppression", 4): "unit_interval",
-    ("Dropout", 1): "unit_interval",
-    ("Dropout", 2): "never",
-    ("SequenceAt", 1): "zero",
-    ("SequenceInsert", 2): "zero",
-    ("SequenceErase", 1): "zero",
-    ("BitShift", 1): "size",
-    ("Clip", 1): "lower",
-    ("Clip", 2): "upper",
-    ("Div", 1): "nonzero",
-    ("Mod", 1): "nonzero",
-    ("Reciprocal", 0): "nonzero",
-    ("Pow", 0): "positive",
-    ("Log", 0): "positive",
-    ("Sqrt", 0): "positive",
-    ("Acosh", 0): "above_one",
-    ("Asin", 0): "unit",
-    ("Acos", 0): "unit",
-    ("Atanh", 0): "unit",
-    ("BatchNormalization", 4): "positive",
-    ("QuantizeLinear", 1): "positive",
-    ("DequantizeLinear", 1): "positive",
-    ("Attention", 3): "additive",
-    **{(f"Reduce{kind}", 1): "axes" for kind in ("Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare")},
-    ("ReduceLogSum", 1): "axes",
-    ("ReduceLogSumExp", 1): "axes",
-}
-
-# (operator, input that holds indices) -> (input that is indexed, attribute naming the axis, its default)
-_INDEXERS: dict[tuple[str, int], tuple[int, str | None, int]] = {
-    ("Gather", 1): (0, "axis", 0),
-    ("GatherElements", 1): (0, "axis", 0),
-    ("ScatterElements", 1): (0, "axis", 0),
-    ("Scatter", 1): (0, "axis", 0),
-    ("GatherND", 1): (0, None, 0),
-    ("ScatterND", 1): (0, None, 0),
-    ("RotaryEmbedding", 3): (1, None, 0),
-    ("ArrayFeatureExtractor", 1): (0, None, -1),
-    ("SoftmaxCrossEntropyLoss", 1): (0, None, 1),
-    ("NegativeLogLikelihoodLoss", 1): (0, None, 1),
-    ("com.microsoft.GatherBlockQuantized", 1): (0, "gather_axis", 0),
-    ("com.microsoft.EmbedLayerNormalization", 0): (2, None, 0),
-    ("com.microsoft.EmbedLayerNormalization", 1): (4, None, 0),
-    ("com.microsoft.EmbedLayerNormalization", 8): (3, None, 0),
-    ("com.microsoft.RotaryEmbedding", 1): (2, None, 0),
-}
-# (operator, input that holds lengths) -> (input that they measure, along which axis)
-_LENGTHS: dict[tuple[str, int], tuple[int, int]] = {
-    ("ReverseSequence", 1): (0, 0),
-    ("LSTM", 4): (0, 0),
-    ("GRU", 4): (0, 0),
-    ("RNN", 4): (0, 0),
-    ("Attention", 6): (1, -2),
-}
-_SCATTERS = frozenset({"ScatterElements", "Scatter", "ScatterND"})
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
-    "Equal": operator.eq,
-    "Less": operator.lt,
-    "LessOrEqual": operator.le,
-    "Greater": operator.gt,
-    "GreaterOrEqual": operator.ge,
-}
-# Operators that a signal crosses unchanged in layout on its way to a convolution.
-_ELEMENTWISE = frozenset(
-    [
-        "Identity",
-        "Cast",
-        "Pad",
-        "Add",
-        "Sub",
-        "Mul",
-        "Div",
-        "Clip",
-        "Relu",
-        "LeakyRelu",
-        "PRelu",
-        "Sigmoid",
-        "Tanh",
-        "Neg",
-        "Abs",
-        "Sqrt",
-        "Pow",
-        "Exp",
-        "Log",
-        "BatchNormalization",
-        "InstanceNormalization",
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "Dropout",
-        "Where",
-        "Max",
-        "Min",
-    ]
+from graphopt.graphs import constant_array, is_constant, nested_graphs, subgraphs
+from graphopt.runtime.fitting import static_sizes, suggestion
+from graphopt.runtime.role_tables import (
+    ARITHMETIC,
+    BOUNDS,
+    COMPARISONS,
+    INDEXERS,
+    KNOWN_DOMAINS,
+    LENGTHS,
+    MEANINGS,
+    PASS_ON,
+    SCATTERS,
+    VOCABULARIES,
 )
-_KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
-_POOLS = frozenset({"MaxPool", "AveragePool", "LpPool"})
+from graphopt.runtime.scalars import Scalar, evaluate, scalar
+from graphopt.runtime.windows import spatial_axes
 
 
 @dataclass(frozen=True)
 class Limit:
     """Indices into an axis: at least ``low``, below ``size`` (after ``index * scale + offset``).
 
-    ``size`` is a number, the name of a symbolic size, or None where nobody knows.
+    ``size`` is a number, the name of a symbolic size, or None where nobody knows; ``inclusive`` values may be equal
+    to it.
     """
 
     size: int | str | None
@@ -208,17 +47,34 @@ class Limit:
     offset: int = 0
     scale: int = 1
     unique: bool = False
+    inclusive: bool = False
 
 
 @dataclass
 class Roles:
-    """What was found out about one input."""
+    """What was found out about one input.
+
+    Attributes:
+        limits: What its values index, or which sizes they count up to.
+        equals: Constants that it is compared with for equality.
+        thresholds: Constants that it is compared with for order.
+        meanings: What operators take its values for.
+        suggested: Of a size input: what fits the declared outputs.
+        current: Of a size input: the sizes of what it changes; numbers, or names of symbolic sizes.
+        totals: Of an input that splits: the size of what it splits.
+        known: Values that an operator treats one by one, such as the keys of a dictionary.
+        patterns: Regular expressions that its strings are matched with.
+    """
 
     limits: list[Limit] = field(default_factory=list)
     equals: list[Scalar] = field(default_factory=list)
     thresholds: list[Scalar] = field(default_factory=list)
     meanings: set[str] = field(default_factory=set)
-    suggested: list[tuple[int, ...] | None] = field(default_factory=list)  # of a size input: what fits
+    suggested: list[tuple[int, ...] | None] = field(default_factory=list)
+    current: list[tuple[int | str | None, ...]] = field(default_factory=list)
+    totals: list[int | str | None] = field(default_factory=list)
+    known: list[Scalar] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -232,13 +88,17 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Step:
-    """A value that holds an input's values, times ``scale`` plus ``offset``; ``part``: among others."""
+    """A value that holds an input's values, times ``scale`` plus ``offset``; ``part``: among others.
+
+    ``derived``: it was computed from them and from what is no constant.
+    """
 
     value: ir.Value
     frame: _Frame | None
     scale: int = 1
     offset: int = 0
     part: bool = False
+    derived: bool = False
 
 
 class ModelRoles:
@@ -262,13 +122,14 @@ class ModelRoles:
     def of(self, value: ir.Value) -> Roles:
         """What the consumers of an input do with its values."""
         roles = Roles()
-        seen: set[tuple[ir.Value, _Frame | None]] = set()
+        seen: set[tuple[ir.Value, _Frame | None, bool]] = set()
         pending = [_Step(value, None)]
         while pending:
             step = pending.pop()
-            if (step.value, step.frame) in seen:
+            key = (step.value, step.frame, step.derived)
+            if key in seen:
                 continue
-            seen.add((step.value, step.frame))
+            seen.add(key)
             for node, index in step.value.uses():
                 self._note(roles, step, node, index)
                 pending.extend(self._onward(step, node, index))
@@ -282,28 +143,7 @@ class ModelRoles:
             value: An input of the model.
             switches: Values of scalar inputs; the branches they leave out are not looked into.
         """
-        if value.shape is None:
-            return {}
-        found: dict[int, int] = {}
-        start: tuple[int | None, ...] = tuple(range(len(value.shape)))
-        seen: set[ir.Value] = set()
-        pending: list[tuple[ir.Value, tuple[int | None, ...]]] = [(value, start)]
-        while pending:
-            current, axes = pending.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            for node, index in current.uses():
-                if not self._reached(node, switches):
-                    continue
-                for offset, width in enumerate(reversed(_window(node, index))):
-                    axis = axes[-1 - offset] if offset < len(axes) else None
-                    if axis is not None:
-                        found[axis] = max(found.get(axis, 1), width)
-                moved = _moved(node, index, axes)
-                if moved is not None:
-                    pending.extend((output, moved) for output in node.outputs[:1])
-        return found
+        return spatial_axes(value, lambda node: self._reached(node, switches))
 
     def _reached(self, node: ir.Node, switches: Mapping[str, Scalar]) -> bool:
         """Whether a node runs, as far as ``switches`` decide it."""
@@ -311,7 +151,7 @@ class ModelRoles:
         while isinstance(graph, ir.Graph) and graph in self._owner:
             owner = self._owner[graph]
             if owner.op_type == "If" and owner.inputs[0] is not None:
-                taken = _evaluate(owner.inputs[0], switches)
+                taken = evaluate(owner.inputs[0], switches)
                 branch = owner.attributes["then_branch"].as_graph()
                 if taken is not None and bool(taken) != (graph is branch):
                     return False
@@ -320,18 +160,26 @@ class ModelRoles:
 
     def _note(self, roles: Roles, step: _Step, node: ir.Node, index: int) -> None:
         key = (_qualified(node), index)
-        if node.domain not in _KNOWN_DOMAINS and node.op_identifier() not in self.model.functions:
+        if step.derived:
+            if key in BOUNDS:
+                roles.meanings.add("bound")
+            return
+        if node.domain not in KNOWN_DOMAINS and node.op_identifier() not in self.model.functions:
             roles.meanings.add("opaque")
-        if key in _INDEXERS:
+        if key in INDEXERS:
             roles.limits.append(self._limit(step, node, index))
-        elif key in _LENGTHS:
-            size = self._size(node.inputs[_LENGTHS[key][0]], step.frame, _LENGTHS[key][1])
+        elif key in LENGTHS:
+            size = self._size(node.inputs[LENGTHS[key][0]], step.frame, LENGTHS[key][1])
             roles.limits.append(Limit(size + 1 if isinstance(size, int) else size, low=1))
         elif key == ("OneHot", 0):
             depth = constant_array(node.inputs[1], limit=1)
             roles.limits.append(Limit(None if depth is None else int(depth.reshape(()))))
-        elif node.op_type in _COMPARISONS:
-            constant = _scalar(self._resolved(node.inputs[1 - index], step.frame)[0])
+        elif key == ("MaxUnpool", 1):
+            shape = static_sizes(node.outputs[0])
+            roles.limits.append(Limit(None if shape is None else math.prod(shape), unique=True))
+        elif node.op_type in COMPARISONS:
+            self._note_compared(roles, step, node, 1 - index)
+            constant = scalar(self._resolved(node.inputs[1 - index], step.frame)[0])
             if (
                 constant is not None
                 and step.scale == 1
@@ -339,15 +187,80 @@ class ModelRoles:
             ):
                 known = roles.equals if node.op_type == "Equal" else roles.thresholds
                 known.append(constant if isinstance(constant, str) else constant - step.offset)
-        elif node.op_type == "Sub" and index == 1 and _scalar(node.inputs[0]) == 1:
+        elif node.op_type == "Sub" and index == 1 and scalar(node.inputs[0]) == 1:
             roles.meanings.add("complement")  # 1 - mask
         elif node.op_type == "Add":
             roles.meanings.add("added")
-        if key in _MEANINGS:
-            meaning = _MEANINGS[key]
-            roles.meanings.add("size" if step.part and meaning in ("reshape", "ones") else meaning)
-            if meaning in ("reshape", "ones", "size", "split") and not step.part:
-                roles.suggested.append(_suggestion(node))
+        if node.op_type in ARITHMETIC and _is_integer(step.value):
+            roles.current.extend(
+                sizes for value in node.inputs if (sizes := self._sizes(value, step.frame)) is not None
+            )
+        self._note_vocabulary(roles, node, step.frame)
+        if key in MEANINGS:
+            meaning = MEANINGS[key]
+            roles.meanings.add("size" if step.part and meaning in ("reshape", "ones", "expand") else meaning)
+            if meaning in ("reshape", "ones", "expand", "size", "split") and not step.part:
+                roles.suggested.append(suggestion(node, index))
+            if meaning == "split":
+                axis = _integer(node, "axis", 0, step.frame)
+                roles.totals.append(self._size(node.inputs[0], step.frame, axis))
+            elif (node.op_type, index) in BOUNDS and not step.part:
+                source, _ = self._resolved(node.inputs[0], step.frame)
+                if index and source is not None and source.shape is not None:
+                    roles.current.append(self._named(source.shape))
+
+    def _note_compared(self, roles: Roles, step: _Step, node: ir.Node, other: int) -> None:
+        """Note what a value is compared with that is no constant: sizes to count up to, or values to share."""
+        value = node.inputs[other]
+        if value is None or is_constant(value):
+            return
+        if _is_integer(step.value) and step.scale == 1 and step.offset == 0:
+            sizes = self._sizes(value, step.frame)
+            if sizes and len(set(sizes)) == 1 and sizes[0] is not None:
+                roles.limits.append(Limit(sizes[0], low=1, inclusive=True))
+                return
+        if node.op_type == "Equal":
+            roles.meanings.add("matched")
+
+    def _note_vocabulary(self, roles: Roles, node: ir.Node, frame: _Frame | None) -> None:
+        if node.op_type == "RegexFullMatch" and "pattern" in node.attributes:
+            roles.patterns.append(node.attributes.get_string("pattern") or "")
+        for name in VOCABULARIES:
+            attribute = node.attributes.get(name)
+            if attribute is not None and not attribute.is_ref():
+                roles.known.extend(_plain(item) for item in np.asarray(_listed(attribute)).reshape(-1))
+
+    def _sizes(self, value: ir.Value | None, frame: _Frame | None) -> tuple[int | str | None, ...] | None:
+        """The sizes that an integer tensor holds or counts up to, where it comes from a Shape; or None."""
+        for _ in range(20):
+            value, frame = self._resolved(value, frame)
+            node = None if value is None else value.producer()
+            if node is None:
+                return None
+            if node.op_type == "Shape":
+                source, _ = self._resolved(node.inputs[0], frame)
+                if source is None or source.shape is None:
+                    return None
+                start = node.attributes.get_int("start", 0) or 0
+                return self._named(source.shape)[start : node.attributes.get_int("end", None)]
+            if node.op_type == "Gather":
+                data, indices = self._sizes(node.inputs[0], frame), constant_array(node.inputs[1], limit=16)
+                if data is None or indices is None or any(not -len(data) <= i < len(data) for i in indices.flat):
+                    return None
+                return tuple(data[int(i)] for i in indices.flat)
+            if node.op_type == "Range":
+                value = node.inputs[1]
+            elif node.op_type in ("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape"):
+                value = node.inputs[0]
+            else:
+                return None
+        return None
+
+    def _named(self, shape: ir.Shape) -> tuple[int | str | None, ...]:
+        """A shape's sizes: numbers, symbols of the model's inputs, None for the rest."""
+        return tuple(
+            size if isinstance(size, int) else size.value if str(size) in self._symbols else None for size in shape
+        )
 
     def _onward(self, step: _Step, node: ir.Node, index: int) -> Iterator[_Step]:
         """The values that a consumer passes the step's values on to."""
@@ -357,15 +270,19 @@ class ModelRoles:
             function = self.model.functions[identifier]
             inside = _Frame(node, function, frame)
             if index < len(function.inputs) and _depth(inside) < 20:
-                yield _Step(function.inputs[index], inside, step.scale, step.offset, step.part)
+                yield dataclasses.replace(step, value=function.inputs[index], frame=inside)
             return
-        carried = _PASS_ON.get(node.op_type, ())
-        if carried is None or index in carried:
+        carried = PASS_ON.get(node.op_type, ())
+        if step.derived and node.op_type in ARITHMETIC:
+            yield from (dataclasses.replace(step, value=output) for output in node.outputs)
+        elif carried is None or index in carried:
             part = step.part or (node.op_type == "Concat" and len(node.inputs) > 1)
-            yield from (_Step(output, frame, step.scale, step.offset, part) for output in node.outputs)
-        elif node.op_type in ("Add", "Sub", "Mul") and _is_integer(step.value):
-            constant = _scalar(node.inputs[1 - index])
-            if isinstance(constant, int) and not isinstance(constant, bool):
+            yield from (dataclasses.replace(step, value=output, part=part) for output in node.outputs)
+        elif node.op_type in ARITHMETIC and _is_integer(step.value):
+            constant = scalar(node.inputs[1 - index])
+            if node.op_type in ("Div", "Mod") or constant is None:
+                yield _Step(node.outputs[0], frame, part=step.part, derived=True)
+            elif isinstance(constant, int) and not isinstance(constant, bool):
                 if node.op_type == "Add":
                     yield _Step(node.outputs[0], frame, step.scale, step.offset + constant, step.part)
                 elif node.op_type == "Sub" and index == 0:
@@ -374,11 +291,11 @@ class ModelRoles:
                     scaled = (step.scale * constant, step.offset * constant)
                     yield _Step(node.outputs[0], frame, *scaled, step.part)
         elif node.op_type == "Loop" and index >= 2:
-            yield _Step(node.attributes["body"].as_graph().inputs[index], frame, step.scale, step.offset)
+            yield dataclasses.replace(step, value=node.attributes["body"].as_graph().inputs[index], part=False)
         elif node.op_type == "Scan":
             inputs = node.attributes["body"].as_graph().inputs
             if index < len(inputs):
-                yield _Step(inputs[index], frame, step.scale, step.offset)
+                yield dataclasses.replace(step, value=inputs[index], part=False)
 
     def _returns(self, step: _Step) -> Iterator[_Step]:
         """Where a value goes that a body or a function returns."""
@@ -390,17 +307,17 @@ class ModelRoles:
                     if index == 0:
                         continue
                     if index - 1 < len(node.inputs) - 2:
-                        yield _Step(graph.inputs[index + 1], frame, step.scale, step.offset)
+                        yield dataclasses.replace(step, value=graph.inputs[index + 1], part=False)
                     index -= 1
                 if index < len(node.outputs):
-                    yield _Step(node.outputs[index], frame, step.scale, step.offset)
+                    yield dataclasses.replace(step, value=node.outputs[index], part=False)
             elif frame is not None and graph is frame.function.graph and index < len(frame.node.outputs):
-                yield _Step(frame.node.outputs[index], frame.parent, step.scale, step.offset, step.part)
+                yield dataclasses.replace(step, value=frame.node.outputs[index], frame=frame.parent)
 
     def _limit(self, step: _Step, node: ir.Node, index: int) -> Limit:
-        data, attribute, axis = _INDEXERS[(_qualified(node), index)]
+        data, attribute, axis = INDEXERS[(_qualified(node), index)]
         if node.op_type in ("GatherND", "ScatterND"):
-            shape = _static(step.value)
+            shape = static_sizes(step.value)
             batch = _integer(node, "batch_dims", 0, step.frame)
             depth = shape[-1] if shape else 1
             sizes = [self._size(node.inputs[data], step.frame, batch + k) for k in range(max(depth, 1))]
@@ -410,7 +327,7 @@ class ModelRoles:
             if attribute is not None:
                 axis = _integer(node, attribute, axis, step.frame)
             size = self._size(node.inputs[data], step.frame, axis)
-        return Limit(size, offset=step.offset, scale=step.scale, unique=node.op_type in _SCATTERS)
+        return Limit(size, offset=step.offset, scale=step.scale, unique=node.op_type in SCATTERS)
 
     def _resolved(self, value: ir.Value | None, frame: _Frame | None) -> tuple[ir.Value | None, _Frame | None]:
         """What a function's input stands for at the call."""
@@ -473,101 +390,17 @@ def _integer(node: ir.Node, name: str, default: int, frame: _Frame | None) -> in
     return default if attribute is None or attribute.value is None else attribute.as_int()
 
 
-def _suggestion(node: ir.Node) -> tuple[int, ...] | None:
-    """The sizes that a node's declared outputs imply for its size input, or None."""
-    if node.op_type not in ("Split", "SplitToSequence"):
-        return _static(node.outputs[0])
-    axis = node.attributes.get_int("axis", 0)
-    shapes = [_static(output) for output in node.outputs]
-    return tuple(shape[axis or 0] for shape in shapes if shape)
+def _listed(attribute: ir.Attr) -> Any:
+    return attribute.value.numpy() if attribute.type == ir.AttributeType.TENSOR else attribute.value
 
 
-def _static(value: ir.Value) -> tuple[int, ...] | None:
-    return value.shape.numpy() if value.shape is not None and value.shape.is_static() else None
+def _plain(item: Any) -> Scalar:
+    if isinstance(item, bytes):
+        return item.decode("utf-8", "replace")
+    found = item.item() if hasattr(item, "item") else item
+    return found if isinstance(found, (int, float)) else str(found)
 
 
 def _is_integer(value: ir.Value) -> bool:
     # Inside functions and bodies types are often not written down; indices are what passes through Add there.
     return value.dtype is None or value.dtype.is_integer()
-
-
-def _scalar(value: ir.Value | None) -> Scalar | None:
-    """The value of a constant of one element, as a Python scalar."""
-    array = constant_array(value, limit=1)
-    if array is None or array.size != 1:
-        return None
-    item = array.reshape(-1)[0]
-    if isinstance(item, bytes):
-        return item.decode("utf-8", "replace")
-    found = item.item() if hasattr(item, "item") else item
-    return found if isinstance(found, (bool, int, float, str)) else float(found)
-
-
-def _evaluate(value: ir.Value, switches: Mapping[str, Scalar], depth: int = 20) -> Scalar | None:
-    """The value of a scalar that follows from ``switches`` and constants alone, or None."""
-    if value.is_graph_input() and value.name is not None and value.name in switches:
-        return switches[value.name]
-    constant = _scalar(value)
-    if constant is not None:
-        return constant
-    node = value.producer()
-    if node is None or depth == 0 or not node.inputs or any(item is None for item in node.inputs):
-        return None
-    if node.op_type in ("Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Not"):
-        first = node.inputs[0]
-        inner = None if first is None else _evaluate(first, switches, depth - 1)
-        if inner is None:
-            return None
-        if node.op_type == "Not":
-            return not inner
-        return bool(inner) if value.dtype == ir.DataType.BOOL and not isinstance(inner, str) else inner
-    if node.op_type in _COMPARISONS or node.op_type in ("And", "Or"):
-        operands = [_evaluate(item, switches, depth - 1) for item in node.inputs if item is not None]
-        if len(operands) != 2 or operands[0] is None or operands[1] is None:
-            return None
-        if node.op_type == "And":
-            return bool(operands[0]) and bool(operands[1])
-        if node.op_type == "Or":
-            return bool(operands[0]) or bool(operands[1])
-        return bool(_COMPARISONS[node.op_type](operands[0], operands[1]))
-    return None
-
-
-def _window(node: ir.Node, index: int) -> list[int]:
-    """The extents of the window that a node slides over the last axes of its input ``index``; [] if none."""
-    if index != 0:
-        return []
-    kernel = list(node.attributes.get_ints("kernel_shape", ()) or ())
-    if node.op_type in ("Conv", "ConvInteger", "QLinearConv", "FusedConv"):
-        weight = node.inputs[3 if node.op_type == "QLinearConv" else 1]
-        if not kernel and weight is not None and weight.shape is not None and weight.shape.is_static():
-            kernel = list(weight.shape.numpy()[2:])
-        if not kernel and weight is not None and weight.const_value is not None:
-            kernel = list(weight.const_value.shape.numpy()[2:])
-    elif node.op_type not in _POOLS:
-        return []
-    dilations = list(node.attributes.get_ints("dilations", ()) or ()) or [1] * len(kernel)
-    return [(size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=False)]
-
-
-def _moved(node: ir.Node, index: int, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
-    """Where a signal's axes are after a node, or None where it ends."""
-    if node.op_type in _ELEMENTWISE:
-        return axes
-    if index != 0:
-        return None
-    if node.op_type == "Transpose":
-        perm = node.attributes.get_ints("perm", None) or tuple(reversed(range(len(axes))))
-        return tuple(axes[axis] for axis in perm) if len(perm) == len(axes) else None
-    if node.op_type in ("Unsqueeze", "Squeeze"):
-        where = constant_array(node.inputs[1]) if len(node.inputs) > 1 else node.attributes.get_ints("axes", None)
-        if where is None:
-            return None
-        positions = [int(axis) for axis in np.asarray(where).reshape(-1)]
-        rank = len(axes) + len(positions) if node.op_type == "Unsqueeze" else len(axes)
-        marked = {position % rank for position in positions}
-        if node.op_type == "Squeeze":
-            return tuple(axis for position, axis in enumerate(axes) if position not in marked)
-        kept = iter(axes)
-        return tuple(None if position in marked else next(kept) for position in range(rank))
-    return None

@@ -13,6 +13,7 @@ import math
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,14 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import graphs
+from graphopt.background import in_background
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.runtime.flavour import import_onnxruntime
+from graphopt.runtime.split import HANDED_OVER
 
 if TYPE_CHECKING:
     import onnxruntime
 
-# Where a weight that is handed over as an array claims to lie. ONNX Runtime wants the file to exist; it is
-# empty, so that reading it instead of the array is an error and never zeros.
-_HANDED_OVER = "handed-over"
-_SMALL_BYTES = 1024
 _FATAL_ONLY = 4
 
 # numpy has no name for these; onnxruntime takes and gives them as raw bits with the ONNX type number.
@@ -85,7 +83,7 @@ def create_session(
         custom_ops: A shared library of custom operators.
         providers: Execution providers in order of preference; the CPU alone if None.
         initializers: Values of the main graph's initializers by name, used in place of the model's own (the
-            model names them as external data, see `split_weights`). Kept alive with the session; the
+            model names them as external data, see `split_weights` in `runtime.split`). Kept alive with the session; the
             reference uses them without copying.
         config: Further session configuration entries, as ONNX Runtime names them.
 
@@ -124,7 +122,7 @@ def create_session(
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         values = _hand_over(ort, options, initializers or {}, optimized=optimized)
         if isinstance(model, bytes):
-            (Path(folder) / _HANDED_OVER).touch()
+            (Path(folder) / HANDED_OVER).touch()
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             session = ort.InferenceSession(
@@ -137,45 +135,21 @@ def create_session(
     return session
 
 
-_KEPT_ALIVE: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+def create_session_soon(model: Path | bytes, **how: Any) -> Future[Any]:
+    """``create_session`` in the background: the runtime loads a model beside what Python does meanwhile.
 
-
-def split_weights(model: ir.Model, *, threshold: int = _SMALL_BYTES) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
-    """Serialise a model without its large weights, for ``create_session(…, initializers=…)``.
-
-    The model is left as it was. Initializers of the main graph larger than ``threshold`` bytes come back as
-    arrays (memory-mapped ones stay so); small ones, strings, types of less than a byte, and those of
-    subgraphs are in the bytes.
-
-    Returns:
-        The serialised model, and the arrays by initializer name.
+    Args:
+        model, how: As for ``create_session``.
     """
-    weights: dict[str, np.ndarray[Any, Any]] = {}
-    originals: list[tuple[ir.Value, ir.TensorProtocol]] = []
-    try:
-        for graph in graphs.all_graphs(model):
-            for name, value in graph.initializers.items():
-                tensor = value.const_value
-                if tensor is None:
-                    continue
-                if graph is model.graph and tensor.nbytes > threshold and _can_be_handed_over(tensor):
-                    weights[name] = tensor.numpy()
-                    originals.append((value, tensor))
-                    value.const_value = ir.ExternalTensor(
-                        _HANDED_OVER, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
-                    )
-                elif isinstance(tensor, ir.ExternalTensor):
-                    # The bytes have no folder that its file could be found in.
-                    originals.append((value, tensor))
-                    value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
-        return ir.to_proto(model).SerializeToString(), weights
-    finally:
-        for value, tensor in originals:
-            value.const_value = tensor
+    return in_background(create_session, model, **how)
 
 
-def _can_be_handed_over(tensor: ir.TensorProtocol) -> bool:
-    return tensor.dtype != ir.DataType.STRING and tensor.dtype.bitwidth >= 8
+def import_soon() -> None:
+    """Begin to import onnxruntime. Where that fails, the first session says so."""
+    in_background(import_onnxruntime)
+
+
+_KEPT_ALIVE: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def reason(error: BaseException) -> str:

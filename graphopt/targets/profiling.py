@@ -66,6 +66,10 @@ def write_target(target: Target, profile: CostProfile, path: Path) -> None:
     data["costs"] = profile.model_dump(mode="json")
     data["unsupported"] = sorted(data["unsupported"])
     data["extensions"] = {domain: sorted(ops) for domain, ops in data["extensions"].items()}
+    if target.quantised is None:
+        del data["quantised"]
+    else:
+        data["quantised"]["types"] = sorted(target.quantised.types)
     try:
         path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     except OSError as error:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import onnx_ir as ir
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from graphopt import graphs
 from graphopt.errors import BadInput
 
 BUILT_IN = Path(__file__).parent
@@ -37,6 +40,39 @@ class CostProfile(BaseModel):
     dimension: int = 64
 
 
+def type_name(dtype: ir.DataType) -> str:
+    """An element type as target files spell it: ``float32``, ``float16``, ``int8``, ``uint4``, ``float8e4m3fn``."""
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
+
+
+def _known_type(name: str) -> str:
+    if name not in map(type_name, ir.DataType):
+        raise ValueError(f"there is no element type '{name}' (write int8, uint4, float8e4m3fn, ...)")
+    return name
+
+
+class Quantised(BaseModel):
+    """Which codes a backend takes in QuantizeLinear and DequantizeLinear.
+
+    Attributes:
+        types: The element types of codes.
+        zero_points: Whether a zero point may be other than 0.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    types: frozenset[Annotated[str, AfterValidator(_known_type)]]
+    zero_points: bool = True
+
+    def refuses(self, codes: ir.DataType, *, zero_points: bool) -> str | None:
+        """Why codes of a type, with zero points other than 0 or without, are not taken; None where they are."""
+        if type_name(codes) not in self.types:
+            return f"{type_name(codes)} codes, only {', '.join(sorted(self.types))}"
+        if zero_points and not self.zero_points:
+            return "zero points other than 0"
+        return None
+
+
 class Target(BaseModel):
     """A backend and what it can do.
 
@@ -48,6 +84,7 @@ class Target(BaseModel):
         ir_version: The highest ONNX IR version that a pass may raise a model to.
         unsupported: Standard operators that the backend does not run.
         extensions: Domain -> operators beyond the standard that it runs.
+        quantised: The codes that it takes; None where it takes all that the standard has.
         costs: Its cost profile.
     """
 
@@ -60,13 +97,34 @@ class Target(BaseModel):
     ir_version: int
     unsupported: frozenset[str] = frozenset()
     extensions: dict[str, frozenset[str]] = Field(default_factory=dict)
+    quantised: Quantised | None = None
     costs: CostProfile = CostProfile()
 
     def supports(self, node: ir.Node, opset: int) -> bool:
         """Whether the backend runs a node that a pass wants to write into a model of this opset."""
+        return self.refuses(node, opset) is None
+
+    def refuses(self, node: ir.Node, opset: int) -> str | None:
+        """Why the backend does not run a node in a model of this opset; None where it does."""
         if node.domain != "":
-            return node.op_type in self.extensions.get(node.domain, frozenset())
-        return node.op_type not in self.unsupported and _introduced(node.op_type) <= opset
+            runs = node.op_type in self.extensions.get(node.domain, frozenset())
+        else:
+            runs = node.op_type not in self.unsupported and _introduced(node.op_type) <= opset
+        if not runs:
+            return f"{self.name} does not run {node.op_type} (opset {opset})"
+        if node.domain == "" and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            codes = (node.outputs if node.op_type == "QuantizeLinear" else node.inputs)[0]
+            if codes is not None and codes.dtype is not None:
+                return self.refuses_codes(codes.dtype, zero_points=_has_zero_points(node))
+        return None
+
+    def refuses_codes(self, codes: ir.DataType, *, zero_points: bool) -> str | None:
+        """Why the backend does not take codes of a type, with zero points other than 0 or without; None where it does.
+
+        For passes that quantise: what can be known before any code is computed.
+        """
+        reason = None if self.quantised is None else self.quantised.refuses(codes, zero_points=zero_points)
+        return None if reason is None else f"{self.name} takes no {reason}"
 
     def cost(self, nodes: Iterable[ir.Node]) -> float:
         """Estimated microseconds to run nodes one after the other, constants not counted."""
@@ -81,7 +139,7 @@ class Target(BaseModel):
         if node.op_type in self._free and node.domain == "":
             return 0.0
         moved = sum(self._bytes(v) for v in node.outputs) + sum(
-            self._bytes(v) for v in node.inputs if v is not None and not v.is_initializer()
+            self._bytes(v) for v in node.inputs if v is not None and not _is_constant(v)
         )
         total = self.costs.node + moved / (self.costs.gigabytes * 1e3)
         if node.op_type in _PRODUCTS:
@@ -121,6 +179,21 @@ class Target(BaseModel):
                 flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
                 reduction = dims[-1] if flipped else dims[-2]
         return float(self._elements(node.outputs[0]) * reduction)
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether a value is a weight: in a graph, in a Constant node, or new and on its way into a graph."""
+    return value.is_initializer() or value.const_value is not None or graphs.is_constant(value)
+
+
+def _has_zero_points(node: ir.Node) -> bool:
+    """Whether the zero point of a Quantize- or DequantizeLinear is another than 0, or computed: then it may be."""
+    zeros = node.inputs[2] if len(node.inputs) > 2 else None
+    if zeros is None:
+        return False
+    tensor = None if zeros.is_graph_input() else zeros.const_value or graphs.constant_tensor(zeros)
+    # As float64: not every narrow type compares with 0.
+    return tensor is None or bool(np.any(tensor.numpy().astype(np.float64) != 0))
 
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "FusedMatMul"})
@@ -168,5 +241,5 @@ def load_target(name: str) -> Target:
 def _first_problem(error: Exception) -> str:
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
-        return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}"
     return str(error).splitlines()[0]

@@ -12,14 +12,16 @@ other readers look wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.rewrite.context import Application
+from graphopt.rewrite.context import Application, Checkpoint
+from graphopt.rewrite.contract import Kind
+from graphopt.verification.structure import sort_if_needed
 
 
 @dataclass
@@ -41,34 +43,59 @@ class Pair:
 
 @dataclass
 class Epoch:
-    """The model at a time, with what was replaced from then on. A new one begins where a foreign pass was at work."""
+    """The model at a time, with what was replaced from then on.
+
+    Attributes:
+        model: A copy, with the replacements beside.
+        begins_at: How many applications were made before it.
+        lossy_before: Whether a lossy pass changed the model since the epoch before began.
+        bitwise_before: Whether everything since then, or since the original, promises the same bits.
+        pairs: What was replaced.
+    """
 
     model: ir.Model
+    begins_at: int = 0
+    lossy_before: bool = False
+    bitwise_before: bool = True
     pairs: list[Pair] = field(default_factory=list)
 
 
 # How far a replaced region without new nodes is followed back: what bypasses something seldom bypasses more.
 _MERGE_REGION = 8
 _REGION = 200
+# Elements of a constant that is looked for among those that the shadow has.
+_SMALL = 16
+# So many nodes take the runtime long enough to load that passes had better go on meanwhile.
+_LARGE = 5_000
 
 
 class Shadow:
     """Watches replacements in a model and mirrors them beside a copy of the original.
 
+    A new copy, an epoch, begins where the model and the original part: after a pass that changed the model behind the
+    context's back, and before and after a lossy one, so that what follows is judged by what it was given.
+
     Args:
         model: The model before any replacement. It is cloned; tensors are shared.
+        closed: Told of each epoch when nothing more will be added to it.
 
     Attributes:
         epochs: The first one holds the original.
+        proved: Keys of applications that put the same constant in a constant's place.
+        unknown: Keys of applications on values that the shadow does not have.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, closed: Callable[[Epoch], None] | None = None) -> None:
         self.epochs: list[Epoch] = []
+        self.proved: dict[str, None] = {}
         self.unknown: dict[str, None] = {}
+        self._closed = closed or (lambda epoch: None)
         self._count = 0
+        self._applications = 0
+        self._bitwise = True
         self._begin(model)
 
-    def _begin(self, model: ir.Model) -> None:
+    def _begin(self, model: ir.Model, *, lossy: bool = False) -> None:
         self._source = model
         self._values: dict[ir.Value, ir.Value] = {}
         self._graphs: dict[ir.Graph, ir.Graph] = {}
@@ -76,23 +103,48 @@ class Shadow:
         # Reader of a value that took the place of another -> the value that it meant; and the values with such readers.
         self._meant: dict[tuple[ir.Node, int], ir.Value] = {}
         self._merged: set[ir.Value] = set()
+        self._constants: dict[tuple[ir.Graph, object], ir.Value] = {}
         # Function bodies cannot be looked into, so they are cloned the library's way and not mirrored.
         copy = ir.Model(
             self._clone(model.graph),
             ir_version=model.ir_version,
             functions=[function.clone() for function in model.functions.values()],
         )
-        self.epochs.append(Epoch(copy))
+        self.epochs.append(Epoch(copy, self._applications, lossy_before=lossy, bitwise_before=self._bitwise))
+        self._nodes = graphs.count_nodes(model)
+
+    def _begin_anew(self, model: ir.Model, *, lossy: bool = False) -> None:
+        self._close()
+        self._bitwise = self._bitwise or lossy
+        self._begin(model, lossy=lossy)
 
     def rewritten(self, model: ir.Model) -> None:
         """A foreign pass changed the model: what it did is judged with the whole model, what follows one by one."""
-        self._begin(model)
+        self._applications += 1
+        self._bitwise = False
+        self._begin_anew(model)
+
+    def checkpoint(self, model: ir.Model, reached: Checkpoint) -> None:
+        """Begin a new epoch where that is called for (see ``graphopt.rewrite.context.Observer``)."""
+        current = self.epochs[-1]
+        lossy = reached is Checkpoint.AFTER_LOSSY
+        if self._applications == current.begins_at:
+            if lossy:  # a foreign pass, which has begun an epoch already
+                current.lossy_before = current.bitwise_before = self._bitwise = True
+        elif lossy or reached is Checkpoint.BEFORE_LOSSY or self._is_worth_it(model):
+            self._begin_anew(model, lossy=lossy)
+
+    def _is_worth_it(self, model: ir.Model) -> bool:
+        """Whether a part of a large model is done that the runtime may load while passes go on with the rest."""
+        return self._nodes >= _LARGE and 2 * graphs.count_nodes(model) <= self._nodes
 
     def replacing(
         self, application: Application, outputs: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]
     ) -> None:
         """Mirror a replacement (see ``graphopt.rewrite.context.Observer``)."""
-        if not outputs:
+        self._applications += 1
+        self._bitwise = self._bitwise and application.kind is Kind.BITWISE
+        if not outputs or application.kind is Kind.LOSSY:  # what is lossy is for the user's budget to judge
             return
         first = next(iter(outputs))
         producer = first.producer()
@@ -109,20 +161,31 @@ class Shadow:
         meant, doubtful = self._meanings(outputs, reads, graph)
         made: set[ir.Value] = set()
         boundary: dict[ir.Value, None] = {}
+        beside = self._values[first].producer()
+        if beside is not None and beside.graph is not graph:
+            beside = None
         for node, outer in zip(nodes, captured, strict=True):
             for value in (*node.inputs, *outer):
                 if value is not None and value not in made and value.const_value is None:
                     boundary[self._mirror(value, graph, meant)] = None
-            graph.append(self._copy(node, graph, meant))
+            copy = self._copy(node, graph, meant)
+            # Next to what it replaces: its inputs are at hand there, and the runtime sorts slowly where nodes wait.
+            if beside is None:
+                graph.append(copy)
+            else:
+                graph.insert_after(beside, copy)
+            beside = copy
             made.update(node.outputs)
         random = any(n.op_type in graphs.RANDOM for node in nodes for n in _with_nested(node))
         for old, new in outputs.items():
             merge = new not in made and new in self._values
             original = self._values[old]
             replacement = self._mirror(new, graph, meant)
-            if original is not replacement:
-                pair = Pair(application, original, replacement, tuple(boundary), merge, doubtful, random)
-                self.epochs[-1].pairs.append(pair)
+            if _is_same(original, replacement):
+                self.proved[application.key] = None
+                continue
+            pair = Pair(application, original, replacement, tuple(boundary), merge, doubtful, random)
+            self.epochs[-1].pairs.append(pair)
             if merge:
                 for use in old.uses():
                     self._meant.setdefault((use.node, use.idx), original)
@@ -178,13 +241,15 @@ class Shadow:
         return False
 
     def finish(self) -> None:
-        """Put the shadow's nodes in order. Call once, after the last replacement."""
-        for epoch in self.epochs:
-            for domain, version in self._source.opset_imports.items():
-                epoch.model.opset_imports.setdefault(domain, version)
-            epoch.model.graph.sort()
-            for function in epoch.model.functions.values():
-                function.graph.sort()
+        """Close the last epoch. Call once, after the last replacement."""
+        self._close()
+
+    def _close(self) -> None:
+        epoch = self.epochs[-1]
+        for domain, version in self._source.opset_imports.items():
+            epoch.model.opset_imports.setdefault(domain, version)
+        sort_if_needed(epoch.model)
+        self._closed(epoch)
 
     def _clone(self, graph: ir.Graph) -> ir.Graph:
         """A copy of a graph, remembering what each value became. (``Model.clone`` takes four times as long.)"""
@@ -195,7 +260,18 @@ class Shadow:
                     name=value.name, type=value.type, shape=value.shape, const_value=value.const_value
                 )
         nodes = []
+        constants: dict[object, ir.Value] = {}
         for node in graph:
+            if node.op_type == "Constant" and (value := node.outputs[0]).name and not value.is_graph_output():
+                tensor = graphs.constant_tensor(value)
+                if tensor is not None:  # an initializer is the same, and there are so many of them
+                    key = _content(tensor) or value
+                    if key not in constants:
+                        constants[key] = ir.Value(
+                            name=value.name, type=value.type, shape=value.shape, const_value=tensor
+                        )
+                    values[value] = constants[key]
+                    continue
             outputs = [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in node.outputs]
             attributes: list[ir.Attr] = list(node.attributes.values()) if node.attributes else []
             if graphs.has_subgraphs(node):
@@ -217,10 +293,11 @@ class Shadow:
             [values[value] for value in graph.inputs],
             [values[value] for value in graph.outputs],
             nodes=nodes,
-            initializers=[values[value] for value in graph.initializers.values()],
+            initializers=[*(values[value] for value in graph.initializers.values()), *constants.values()],
             opset_imports=dict(graph.opset_imports),
             name=graph.name,
         )
+        self._constants.update(((copy, key), value) for key, value in constants.items())
         self._graphs[graph] = copy
         self._nest(copy)
         return copy
@@ -242,10 +319,19 @@ class Shadow:
         if found is None:
             # A constant that came with the replacement.
             assert value.const_value is not None, f"{value.name} is not known to the shadow"
-            found = ir.Value(name=self._name(), type=value.type, shape=value.shape, const_value=value.const_value)
-            graph.register_initializer(found)
-            self._values[value] = found
+            found = self._values[value] = self._constant(value, value.const_value, graph)
         return found
+
+    def _constant(self, value: ir.Value, tensor: ir.TensorProtocol, graph: ir.Graph) -> ir.Value:
+        """A constant of the shadow. Small ones come by the thousand and are mostly alike: one stands for all."""
+        content = _content(tensor)
+        if content is not None and (graph, content) in self._constants:
+            return self._constants[graph, content]
+        made = ir.Value(name=self._name(), type=value.type, shape=value.shape, const_value=tensor)
+        graph.register_initializer(made)
+        if content is not None:
+            self._constants[graph, content] = made
+        return made
 
     def _copy(self, node: ir.Node, graph: ir.Graph, meant: Mapping[ir.Value, ir.Value]) -> ir.Node:
         inputs = [None if value is None else self._mirror(value, graph, meant) for value in node.inputs]
@@ -293,6 +379,24 @@ class Shadow:
             if graphs.has_subgraphs(node):
                 for body, mirrored in zip(graphs.subgraphs(node), graphs.subgraphs(copy), strict=True):
                     self._map_graph(body, mirrored)
+
+
+def _is_same(original: ir.Value, replacement: ir.Value) -> bool:
+    """Whether nothing needs to be run to see that two values are the same."""
+    if original is replacement:
+        return True
+    if original.const_value is None or original.const_value is not replacement.const_value:
+        return False
+    return graphs.is_constant(original) and graphs.is_constant(
+        replacement
+    )  # a caller may set a weight that is an input
+
+
+def _content(tensor: ir.TensorProtocol) -> object | None:
+    """What a small constant holds, to compare by; None for others."""
+    if tensor.size > _SMALL or tensor.dtype == ir.DataType.STRING:
+        return None
+    return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
 
 
 def _with_nested(node: ir.Node) -> Iterator[ir.Node]:

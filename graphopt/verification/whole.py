@@ -6,6 +6,7 @@ The reference is the original with the runtime's optimizations off; the yardstic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.background import in_background
 from graphopt.verification import exact, runnable
 from graphopt.verification.tolerance import (
     SLACK,
@@ -40,12 +42,14 @@ class Difference:
         case: Which feeds, counted from 0.
         reason: In words.
         deployed: Whether it shows only with the runtime's optimizations on.
+        measured: Whether the distances tell of it. What is missing or has another shape has none.
     """
 
     output: str
     case: int
     reason: str
     deployed: bool = False
+    measured: bool = True
 
     def __str__(self) -> str:
         how = ", only with the runtime's optimizations on" if self.deployed else ""
@@ -89,21 +93,31 @@ class Reference:
     custom_ops: Path | None = None
     source: Path | None = None
     yardstick: str = "float64"
-    _exact: dict[int, dict[str, Array] | None] = field(default_factory=dict)
+    _exact: dict[int, Future[tuple[dict[str, Array] | None, str]]] = field(default_factory=dict)
     _noise: dict[tuple[int, str], float] = field(default_factory=dict)
     _deployed: list[dict[str, Any]] | None = None
 
     def exact(self, case: int) -> dict[str, Array] | None:
         """The float64 outputs of a case, or None where they cannot be had."""
         if case not in self._exact:
-            try:
-                values = exact.evaluate(self.model, self.feeds[case])
-                names = [value.name or "" for value in self.model.graph.outputs]
-                self._exact[case] = dict(zip(names, values, strict=True))
-            except (exact.NotExact, MemoryError) as error:
-                self._exact[case] = None
-                self.yardstick = f"none: {error}"
-        return self._exact[case]
+            self._exact[case] = in_background(self._evaluate, case)
+        found, reason = self._exact[case].result()
+        if reason:
+            self.yardstick = f"none: {reason}"
+        return found
+
+    def exact_soon(self) -> None:
+        """Begin with the float64 outputs of the case that is asked for first."""
+        if self.feeds:
+            self._exact[self.smallest_case] = in_background(self._evaluate, self.smallest_case)
+
+    def _evaluate(self, case: int) -> tuple[dict[str, Array] | None, str]:
+        try:
+            values = exact.evaluate(self.model, self.feeds[case])
+        except (exact.NotExact, MemoryError) as error:
+            return None, str(error) or "not enough memory"
+        names = [value.name or "" for value in self.model.graph.outputs]
+        return dict(zip(names, values, strict=True)), ""
 
     @cached_property
     def smallest_case(self) -> int:
@@ -164,7 +178,16 @@ class Reference:
 def session_for(
     model: ir.Model, *, optimized: bool = False, custom_ops: Path | None = None, outputs: Sequence[ir.Value] = ()
 ) -> Any:
-    """A session of a model in memory; large weights are handed over, not serialised. Single-threaded: bits must repeat.
+    """A session of a model in memory, as ``session_soon`` makes it."""
+    return session_soon(model, optimized=optimized, custom_ops=custom_ops, outputs=outputs).result()
+
+
+def session_soon(
+    model: ir.Model, *, optimized: bool = False, custom_ops: Path | None = None, outputs: Sequence[ir.Value] = ()
+) -> Future[Any]:
+    """A session of a model in memory, made in the background; large weights are handed over, not serialised.
+
+    Single-threaded: bits must repeat.
 
     Args:
         model: Left as it is.
@@ -172,16 +195,11 @@ def session_for(
         custom_ops: A library of custom operators.
         outputs: Values of the main graph to return besides its outputs.
     """
-    from graphopt.runtime.session import create_session, split_weights
+    from graphopt.runtime.session import create_session_soon
+    from graphopt.runtime.split import split_weights
 
-    extra = [value for value in dict.fromkeys(outputs) if not value.is_graph_output()]
-    model.graph.outputs.extend(extra)
-    try:
-        content, weights = split_weights(model)
-        return create_session(content, optimized=optimized, threads=1, custom_ops=custom_ops, initializers=weights)
-    finally:
-        for _ in extra:
-            model.graph.outputs.pop()
+    content, weights = split_weights(model, outputs=outputs)
+    return create_session_soon(content, optimized=optimized, threads=1, custom_ops=custom_ops, initializers=weights)
 
 
 def run_case(session: Any, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, Any]:
@@ -214,12 +232,19 @@ def compare(
     for case, (expected, found) in enumerate(zip(reference.results, results, strict=True)):
         for name, original in expected.items():
             if name not in found:
-                differences.append(Difference(name, case, "is missing", deployed))
+                differences.append(Difference(name, case, "is missing", deployed, measured=False))
                 continue
             reason = _compare_value(reference, case, name, found[name], original, bitwise, deployed, worst)
             if reason is not None:
-                differences.append(Difference(name, case, reason, deployed))
+                measured = _has_distance(found[name], original)
+                differences.append(Difference(name, case, reason, deployed, measured))
     return differences, worst
+
+
+def _has_distance(found: Any, original: Any) -> bool:
+    arrays = isinstance(found, np.ndarray) and isinstance(original, np.ndarray)
+    alike = arrays and found.shape == original.shape and found.dtype == original.dtype
+    return bool(alike and (is_float(original) or original.dtype.kind in "iub"))
 
 
 def _compare_value(

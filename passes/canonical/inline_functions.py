@@ -16,7 +16,7 @@ KEPT_DOMAIN = "graphopt"
 
 
 class InlineFunctions(ForeignPass):
-    """Writes every call of a model-local function out, calls in bodies and in other functions too."""
+    """Replaces every call of a model-local function by the function's nodes, in bodies and other functions too."""
 
     name = "inline-functions"
     kind = Kind.BITWISE
@@ -24,9 +24,9 @@ class InlineFunctions(ForeignPass):
     explanation = Explanation(
         matches="nodes that call a function which the model carries",
         refuses="functions of the domain graphopt, which say what custom operators mean; functions that call each "
-        "other in a circle, take a body as an attribute, or use an operator in a version whose meaning differs from "
-        "that of the version that the model imports",
-        costs="one copy of a function's nodes a call; passes see what a function hides",
+        "other in a circle, take a body as an attribute, or import an operator set in which one of their operators "
+        "means something else than in the model's",
+        costs="a copy of the function's nodes for each call; later passes see into it",
         source="ONNX IR specification, model-local functions",
     )
 

@@ -12,8 +12,9 @@ from graphopt.rewrite import Context, Explanation, Kind, Pass, Stage
 
 
 class RemoveDead(Pass):
-    """Removes nodes without readers, constants without readers, functions without calls, and drops optional outputs
-    that nobody reads from the end of a node's outputs. Bodies and functions are cleaned too.
+    """Removes nodes and constants that nobody reads, and functions that nobody calls.
+
+    Optional outputs that nobody reads go from the end of a node's outputs. Bodies and functions are cleaned too.
     """
 
     name = "remove-dead"

@@ -17,8 +17,9 @@ class Parameters(BaseModel):
     """Which function, and what it may do.
 
     Attributes:
-        function: ``MODULE:FN`` or ``path/to/file.py:FN``; FN(graph) -> graph or None.
-        kind: What the function does to the numbers. Verification holds it to that.
+        function: ``MODULE:FN`` or ``path/to/file.py:FN``; FN(graph) returns the graph, or None where it changed the
+            graph that it got.
+        kind: What the function does to the numbers: bitwise, rounding or lossy. Verification holds it to that.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -28,21 +29,24 @@ class Parameters(BaseModel):
 
 
 class Graphsurgeon(ForeignPass):
-    """A function of the user changes the model as an onnx-graphsurgeon graph.
+    """Runs a function of yours on the model as an onnx-graphsurgeon graph.
 
-    It runs once, before every other pass: a user's surgery need not be one that can be repeated.
+    It runs once, before the other stages: surgery need not be something that can be repeated. For several functions, a
+    recipe names the pass several times, with labels (``graphsurgeon@first``, ``graphsurgeon@second``); they run in the
+    recipe's order.
     """
 
     name = "graphsurgeon"
     kind = Kind.ROUNDING
     stage = Stage.IMPORT
+    repeatable = True
     explanation = Explanation(
-        matches="the whole model, handed to a function of the user as an onnx_graphsurgeon.Graph. Large weights stay "
-        "outside and are loaded where the function reads their values",
-        refuses="types of less than a byte, float8e4m3fnuz, optional inputs, overloaded functions and attributes that "
-        "graphsurgeon drops; a function that changes the interface of the model",
-        costs="the import and export of the graph without its weights",
-        source="onnx-graphsurgeon; extra: graphopt[graphsurgeon]",
+        matches="the whole model, handed to your function as an onnx_graphsurgeon.Graph. Large weights stay outside "
+        "and are loaded where the function reads their values",
+        refuses="models with what graphsurgeon drops: types of less than a byte, float8e4m3fnuz, optional inputs, "
+        "overloaded functions, some attributes. A function that changes the model's inputs or outputs",
+        costs="the import and export of the graph without its weights; what it gains is up to the function",
+        source="onnx-graphsurgeon, which the extra [graphsurgeon] installs",
     )
     Parameters: ClassVar[type[BaseModel]] = Parameters
 

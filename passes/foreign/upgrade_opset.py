@@ -25,7 +25,7 @@ class Parameters(BaseModel):
     """To which opset.
 
     Attributes:
-        version: The opset wanted; default: the highest that the target takes and the converter knows.
+        version: The opset wanted; null: the highest that the target takes and the converter knows.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -34,7 +34,7 @@ class Parameters(BaseModel):
 
 
 class UpgradeOpset(ForeignPass):
-    """The model moves to a newer opset, as other passes never do; no recipe names it unless the user's does."""
+    """Converts the model to a newer opset, which no other pass does."""
 
     name = "upgrade-opset"
     kind = Kind.ROUNDING
@@ -43,7 +43,8 @@ class UpgradeOpset(ForeignPass):
         matches="a model whose opset is lower than the one asked for (default: the highest that the target takes)",
         refuses="opsets beyond what the target or the converter takes, and a result not valid in the new opset; "
         "an opset is never lowered",
-        costs="functions are inlined; some operators become several in the new opset",
+        costs="functions are inlined; some operators become several in the new opset. Gains nothing by "
+        "itself: passes that need a newer opset can run",
         source="onnx.version_converter up to opset 18, onnxscript's from there on; large weights stay outside",
     )
     Parameters: ClassVar[type[BaseModel]] = Parameters

@@ -56,7 +56,7 @@ class _Heads:
 
 
 class FuseAttention(RulePass):
-    """softmax(q k^T scale + mask) v over heads becomes MultiHeadAttention of com.microsoft."""
+    """Turns softmax(q k^T scale + mask) v over heads into MultiHeadAttention of com.microsoft."""
 
     name = "fuse-attention"
     kind = Kind.ROUNDING

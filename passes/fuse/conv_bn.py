@@ -60,7 +60,7 @@ class _Linear:
 
 
 class FuseConvBn(RulePass):
-    """BatchNormalization, or a Mul or Add by one number a channel, goes into the weights of the node before it."""
+    """Puts BatchNormalization, or a Mul or Add of one number a channel, into the weights of the node before it."""
 
     name = "fuse-conv-bn"
     kind = Kind.ROUNDING
@@ -71,8 +71,8 @@ class FuseConvBn(RulePass):
         refuses="an output that something else reads; training mode; weights or parameters that are computed or that "
         "a caller may override; a constant that adds axes or varies over positions; folded weights that are "
         "not finite",
-        costs="linear in the nodes; the weights are computed in float64 and rounded once, big ones when the file is"
-        " saved",
+        costs="linear in the nodes; saves one pass over the data. New weights are computed in float64 and rounded "
+        "once, big ones when the file is saved",
         source="Ioffe and Szegedy, Batch Normalization, arXiv 1502.03167, section 3.1",
     )
     roots = ("BatchNormalization", "Mul", "Add", "Sub", "Div")

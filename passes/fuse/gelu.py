@@ -18,7 +18,7 @@ _DEPTH = 8
 
 
 class FuseGelu(RulePass):
-    """x/2 (1 + erf(x/sqrt 2)), or its approximation with tanh, becomes Gelu."""
+    """Turns x/2 (1 + erf(x/sqrt 2)), or its approximation with tanh, into Gelu."""
 
     name = "fuse-gelu"
     kind = Kind.ROUNDING

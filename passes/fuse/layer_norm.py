@@ -48,7 +48,7 @@ class _Normalised:
 
 
 class FuseLayerNorm(RulePass):
-    """(x - mean) / sqrt(variance + eps) * gamma + beta over last axes becomes LayerNormalization."""
+    """Turns (x - mean) / sqrt(variance + eps) * gamma + beta over the last axes into LayerNormalization."""
 
     name = "fuse-layer-norm"
     kind = Kind.ROUNDING

@@ -15,7 +15,7 @@ _SUM_LIMIT = 1 << 20
 
 
 class FuseMatMulAdd(RulePass):
-    """A B + C becomes Gemm."""
+    """Turns A B + C of matrices into Gemm."""
 
     name = "fuse-matmul-add"
     kind = Kind.ROUNDING

@@ -11,20 +11,19 @@ _TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})
 
 
 class FuseResidualSum(RulePass):
-    """Add(Add(a, b), c) before LayerNormalization becomes Sum(a, b, c)."""
+    """Turns Add(Add(a, b), c) before LayerNormalization into Sum(a, b, c)."""
 
     name = "fuse-residual-sum"
     kind = Kind.BITWISE
     stage = Stage.FUSE
     explanation = Explanation(
         matches="two or more Add nodes in a row (product + bias + residual) whose result a LayerNormalization reads",
-        refuses="last operands whose shapes are not known to be equal: that addition is not fused, and two Add nodes "
-        "are a little faster than a Sum; a partial sum that something else reads; dtypes other than float32 "
-        "and float64, for which runtimes have no kernel of Sum; a product of matrices and its bias, which "
-        "Gemm takes whole",
-        costs="linear in the nodes; one node fewer. ONNX Runtime's CPU fuses Add and LayerNormalization into a "
-        "SkipLayerNormalization that takes several times as long as the two: with Sum it keeps the fast "
-        "kernels",
+        refuses="operands of the last Add whose shapes are not known to be equal: the runtime leaves such an Add alone "
+        "and two Adds are a little faster than a Sum; a partial sum that something else reads; dtypes other than "
+        "float32 and float64, for which runtimes have no kernel of Sum; a product of matrices and its bias, which Gemm "
+        "takes whole",
+        costs="linear in the nodes; one node fewer. It keeps ONNX Runtime's CPU from fusing Add and LayerNormalization "
+        "into SkipLayerNormalization, which takes several times as long as the two",
         source="ONNX operator Sum adds its operands from left to right, as the chain does",
     )
     roots = ("LayerNormalization",)

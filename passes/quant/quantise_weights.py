@@ -11,8 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from graphopt import graphs
 from graphopt.numerics import quantise
 from graphopt.passes.quant.weights import computed, read
-from graphopt.rewrite import Context, Explanation, Kind, Pass, Stage
-from graphopt.targets import Target
+from graphopt.rewrite import Context, Explanation, Kind, Pass, Saves, Stage
 
 ROOTS = ("MatMul", "Gemm", "Conv")
 CODES = {
@@ -34,7 +33,7 @@ class Parameters(BaseModel):
         bits: Bits of a code.
         block: Weights along the reduction axis that share a scale; 0: one scale for each output channel. The sizes
             are those that runtimes have kernels for. A convolution always has one scale for each output channel.
-        symmetric: Without a zero point. TensorRT runs no other.
+        symmetric: Whether codes are signed and have no zero point. TensorRT takes no others.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -63,18 +62,20 @@ class _Stored:
 
 
 class QuantiseWeights(Pass):
-    """Constant weights become 8- or 4-bit codes, with a DequantizeLinear in front of each node that reads them."""
+    """Stores constant weights as 8- or 4-bit codes, with a DequantizeLinear in front of each node that reads them."""
 
     name = "quantise-weights"
     kind = Kind.LOSSY
     stage = Stage.QUANTISE
+    saves = Saves.BYTES
     explanation = Explanation(
         matches="MatMul, Gemm and Conv with a constant float weight: it is stored as 8-bit codes with a scale for each "
         "output channel, or (MatMul, Gemm; opset 21) as 8- or 4-bit codes with a scale for each block",
-        refuses="weights that a caller can override, that something else reads too (a tied embedding would be stored "
-        "twice), with NaN or infinity, that blocks do not divide, or that would not get smaller; opsets too old",
-        costs="a DequantizeLinear a product, which runtimes fuse into it; weights take a quarter (8 bits) or an eighth "
-        "(4 bits) of float32. Codes are computed one weight at a time while the model is saved",
+        refuses="weights that a caller can override; that something else reads too (a tied embedding would be stored "
+        "twice); with NaN or infinity; that blocks do not divide; that would not get smaller. Codes or zero points "
+        "that the target does not take; opsets below 13 (8 bits), 19 (float16 weights) or 21 (4 bits, blocks)",
+        costs="a DequantizeLinear for each product, which runtimes fuse into it; weights take a quarter (8 bits) or an "
+        "eighth (4 bits) of float32. Codes are computed one weight at a time while the model is saved",
         source="ONNX DequantizeLinear (opsets 13, 19, 21); round to nearest, scale from the largest magnitude",
     )
     Parameters: ClassVar[type[BaseModel]] = Parameters
@@ -86,14 +87,8 @@ class QuantiseWeights(Pass):
             if weight is not None:
                 users.setdefault(weight, []).append(node)
         parents = {body: g for g in ctx.graphs() for node in g for body in graphs.subgraphs(node)}
-        # What is gained is bytes, which a profile of run time does not see; _plan has compared them.
-        target = ctx.target
-        ctx.target = _BytesCount.model_construct(**dict(target))
-        try:
-            for weight, nodes in users.items():
-                self._quantise(ctx, weight, nodes, parents)
-        finally:
-            ctx.target = target
+        for weight, nodes in users.items():
+            self._quantise(ctx, weight, nodes, parents)
 
     def _quantise(
         self, ctx: Context, weight: ir.Value, nodes: list[ir.Node], parents: dict[ir.Graph, ir.Graph]
@@ -140,21 +135,18 @@ class QuantiseWeights(Pass):
             if bits != 8:
                 return "a convolution's weights are stored in 8 bits only"
             block = 0
+        refused = ctx.target.refuses_codes(CODES[bits, symmetric], zero_points=not symmetric)
+        if refused is not None:
+            return refused
         if block and shape[reduction] % block:
             return f"blocks of {block} do not divide its {shape[reduction]} input channels"
         needed = max(SCALE_TYPES[tensor.dtype], NARROW_OPSET if block or bits == 4 else 13)
         if ctx.opset < needed:
             return f"needs opset {needed}, the model has {ctx.opset} (see the pass upgrade-opset)"
         scheme = quantise.Scheme(bits, reduction if block else channels, block, symmetric)
+        # ctx.replace would refuse it too, but only after the weight was read and small codes were computed.
         before, after = tensor.nbytes, _nbytes(scheme, shape, tensor.dtype)
         return scheme if after < before else f"codes and scales take {after} bytes, the weight {before}"
-
-
-class _BytesCount(Target):
-    """A target for a rewrite that is judged by the bytes it saves, not by its run time."""
-
-    def cheaper(self, new: object, old: object) -> bool:
-        return True
 
 
 class _Quantised:

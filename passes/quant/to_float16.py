@@ -30,9 +30,9 @@ class Parameters(BaseModel):
 
 
 class ToFloat16(ForeignPass):
-    """The graph computes in float16, with float32 inputs and outputs.
+    """Makes the graph compute in float16; inputs and outputs stay float32.
 
-    Types change throughout at once, since neighbours have to agree: this is one application.
+    Types change throughout at once, since neighbours have to agree: this is one application, kept or undone as a whole.
     """
 
     name = "to-float16"
@@ -42,8 +42,10 @@ class ToFloat16(ForeignPass):
         matches="every float32 node of the graph and its If, Loop and Scan bodies: it computes in float16, with "
         "weights stored in float16; inputs, outputs and what bodies carry stay float32, behind Casts",
         refuses=f"these stay float32: {', '.join(sorted(KEPT))}; nodes that read a constant beyond 65504 or a scalar "
-        "below 6e-5, and what their results spread to; what computes indices and angles; other domains; functions",
-        costs="Casts between the two; weights take half. Faster where the hardware computes in float16: GPUs, few CPUs",
+        "below 6e-5, and those that their results reach until one brings them back into range; what computes indices "
+        "and angles; other domains; functions",
+        costs="Casts between the two types; weights take half. Faster only where the hardware computes in float16: "
+        "GPUs, few CPUs",
         source="IEEE 754 binary16; operator signatures from the ONNX schemas",
     )
     Parameters: ClassVar[type[BaseModel]] = Parameters

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.cli.main import main
+from graphopt.recipes import recipe_names
 from graphopt.rewrite import Kind
 from tests.rewrite.toys import model, ops, register, swap
 from tests.verification.test_shadow import once
@@ -30,6 +31,14 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     code = main(["optimize", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", ["optimize", "bisect"])
+def test_help_names_the_recipes_that_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    named = text.partition("--recipe R ")[2].partition(" or a YAML file")[0].replace(" (default)", "")
+    assert sorted(named.split(", ")) == recipe_names()
 
 
 def test_the_table(net: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_a_library_that_is_not_there(model: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(backends.BACKENDS, "tensorrt", absent)
     with pytest.raises(MissingDependency) as caught:
         build_engine(model, tmp_path / "e", backend="tensorrt")
-    assert str(caught.value) == "TensorRT is not installed (pip install 'graphopt[tensorrt]')"
+    assert str(caught.value) == "TensorRT is not installed (in graphopt's folder: pip install '.[tensorrt]')"
 
 
 def test_bad_arguments(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,4 +179,4 @@ def test_torch_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
     with pytest.raises(MissingDependency) as caught:
         export("nets:f", tmp_path / "m.onnx")
-    assert str(caught.value) == "export needs torch (pip install 'graphopt[export]')"
+    assert str(caught.value) == "export needs torch (in graphopt's folder: pip install '.[export]')"

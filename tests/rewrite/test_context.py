@@ -10,10 +10,13 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import graphs
-from graphopt.rewrite import Application, Context, Kind
+from graphopt.rewrite import Application, Context, Kind, Saves
+from graphopt.rewrite.context import Checkpoint
 from graphopt.verification.structure import check_structure, interface_of
 from tests.rewrite import toys
 from tests.rewrite.toys import bypass, dangling, model, ops, producer, rule, running, swap, value
+
+W = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
 
 
 def sound(made: ir.Model) -> None:
@@ -356,6 +359,56 @@ def test_what_a_rewrite_saves_counts_only_where_it_goes() -> None:
     assert not ctx.replace({value(made, "y"): nodes[1].outputs[0]}, nodes, rule="r")
 
 
+def narrower(ctx: Context, made: ir.Model, narrow: ir.Value, old: str = "y") -> bool:
+    """Let MatMul read its weight in another type: a node more, judged by bytes."""
+    node = producer(made, old)
+    cast = ctx.node("Cast", [narrow], {"to": int(ir.DataType.FLOAT)}, like=node.inputs[1])
+    product = ctx.node("MatMul", [node.inputs[0], cast.outputs[0]], like=node.outputs[0])
+    return ctx.replace({node.outputs[0]: product.outputs[0]}, [cast, product], rule="r")
+
+
+@pytest.mark.parametrize(("saves", "dtype", "done"), [
+    (Saves.TIME, np.float16, False),
+    (Saves.BYTES, np.float16, True),
+    (Saves.BYTES, np.float32, False),
+    (Saves.BYTES, np.float64, False),
+])  # fmt: skip
+def test_a_pass_that_saves_bytes_is_judged_by_them(saves: Saves, dtype: type[np.generic], done: bool) -> None:
+    made = model("g (float[N,8] x) => (float[N,4] y) <float[8,4] w> { y = MatMul(x, w) }", weights={"w": W})
+    ctx = running(made, saves=saves)
+    assert narrower(ctx, made, ctx.constant(W.astype(dtype), "narrow")) is done
+    assert ops(made) == (["Cast", "MatMul"] if done else ["MatMul"])
+    assert dangling(made) == []
+    if not done:
+        (reason,) = ctx.near_misses["toy"].values()
+        assert reason.startswith("not cheaper" if saves is Saves.TIME else "its constants would take ")
+    assert ctx.not_cheaper["toy"] == (saves is Saves.TIME)
+
+
+def test_bytes_of_a_weight_that_several_read() -> None:
+    """Each reader is judged for itself, in a body too; the old weight goes with the last."""
+    text = (
+        "g (float[N,8] x, bool c) => (float[N,4] y, float[N,4] z) <float[8,4] w> { y = MatMul(x, w) "
+        "z = If(c) <then_branch = t () => (float[N,4] u) { u = MatMul(x, w) }, "
+        "else_branch = e () => (float[N,4] v) { v = MatMul(x, w) }> }"
+    )
+    made = model(text, weights={"w": W})
+    ctx = running(made, saves=Saves.BYTES)
+    narrow = ctx.constant(W.astype(np.float16), "narrow")
+    assert all(narrower(ctx, made, narrow, old) for old in "yuv")
+    assert list(made.graph.initializers) == ["narrow"]
+    sound(made)
+
+
+def test_bytes_of_a_constant_node() -> None:
+    numbers = ", ".join(["1"] * W.size)
+    constant = f"w = Constant<value = float[8,4] {{{numbers}}}>()"
+    made = model(f"g (float[N,8] x) => (float[N,4] y) {{ {constant} y = MatMul(x, w) }}")
+    ctx = running(made, saves=Saves.BYTES)
+    assert narrower(ctx, made, ctx.constant(W.astype(np.float16), "narrow"))
+    assert ops(made) == ["Cast", "MatMul"]
+
+
 @pytest.mark.parametrize(
     ("op", "domain", "target", "runs"),
     [
@@ -500,8 +553,11 @@ def test_observers_hear_of_a_replacement_before_it_happens() -> None:
         def rewritten(self, model: ir.Model) -> None:
             raise AssertionError("nothing foreign ran")
 
+        def checkpoint(self, model: ir.Model, reached: Checkpoint) -> None:
+            heard.append((reached.value, []))
+
     toys.run(chain(2), swap("Neg", "Abs"), observers=[Ear()])
-    assert heard == [("toy:Neg-to-Abs@v1", ["v1"]), ("toy:Neg-to-Abs@v2", ["v2"])]
+    assert heard == [("toy:Neg-to-Abs@v1", ["v1"]), ("toy:Neg-to-Abs@v2", ["v2"]), ("stage done", [])]
 
 
 def test_applications_say_where_and_what() -> None:

@@ -524,6 +524,40 @@ def test_the_recipe(tmp_path: Path) -> None:
     assert Graphsurgeon.kind is Kind.ROUNDING
 
 
+SURGERY = """
+def negate(graph):
+    graph.nodes[0].op = "Neg"
+
+def drop_the_sign(graph):
+    assert graph.nodes[0].op == "Neg", "the first function has not run"
+    graph.nodes[2].op = "Abs"
+"""
+
+
+def test_several_functions_in_one_recipe(tmp_path: Path) -> None:
+    """Each is a pass of its own: one is wrong about its promise and undone, the other stays."""
+    import graphopt
+
+    (tmp_path / "surgery.py").write_text(SURGERY)
+    steps = [
+        f"  - {{pass: graphsurgeon@{label}, function: '{tmp_path}/surgery.py:{function}', kind: bitwise}}\n"
+        for label, function in (("one", "negate"), ("two", "drop_the_sign"))
+    ]
+    (tmp_path / "mine.yaml").write_text("name: mine\npasses:\n" + "".join(steps))
+    # -|x| becomes -|-x|, which is the same, and then |-x|, which is not.
+    ir.save(to_ir(text("{ a = Identity(x)\n b = Abs(a)\n y = Neg(b) }")), tmp_path / "m.onnx")
+    report = graphopt.optimize(tmp_path / "m.onnx", recipe=[str(tmp_path / "mine.yaml")])
+    assert [(p.name, p.kept, p.undone) for p in report.passes] == [
+        ("graphsurgeon@one", 1, 0),
+        ("graphsurgeon@two", 0, 1),
+    ]
+    assert list(report.undone) == ["graphsurgeon@two:foreign@model"]
+    report = graphopt.optimize(
+        tmp_path / "m.onnx", recipe=[str(tmp_path / "mine.yaml")], settings=["graphsurgeon@two.enabled=false"]
+    )
+    assert [p.name for p in report.passes] == ["graphsurgeon@one"]
+
+
 # --- upgrade-opset -----------------------------------------------------------------------------------------------
 
 

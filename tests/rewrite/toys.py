@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import graphs
-from graphopt.rewrite import Context, Explanation, Kind, Pass, RulePass, Stage, discovery
+from graphopt.rewrite import Context, Explanation, Kind, Pass, RulePass, Saves, Stage, discovery
 from graphopt.rewrite.context import Observer
 from graphopt.rewrite.manager import PassRecord, run_passes
 from graphopt.shapes import infer_shapes
@@ -120,10 +120,12 @@ def run(made: ir.Model, *passes: type[Pass], **how: object) -> tuple[Context, li
     return ctx, run_passes(ctx, [cls() for cls in passes])
 
 
-def running(made: ir.Model, *, kind: Kind = Kind.BITWISE, **how: object) -> Context:
+def running(made: ir.Model, *, kind: Kind = Kind.BITWISE, saves: Saves = Saves.TIME, **how: object) -> Context:
     """A context as it is inside a pass, so that a test can call ``replace`` itself."""
     ctx = context(made, **how)  # type: ignore[arg-type]
-    ctx.running(whole(lambda ctx: None, kind=kind)())
+    toy = whole(lambda ctx: None, kind=kind)
+    toy.saves = saves
+    ctx.running(toy())
     return ctx
 
 

@@ -26,8 +26,9 @@ def test_the_one_that_is_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_none_says_which_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
-    with pytest.raises(MissingDependency, match=r"pip install 'graphopt\[cpu\]' or pip install 'graphopt\[gpu\]'"):
+    with pytest.raises(MissingDependency) as caught:
         flavour.import_onnxruntime()
+    assert str(caught.value).endswith("(in graphopt's folder: pip install '.[cpu]' or pip install '.[gpu]')")
 
 
 def test_two_are_refused_by_name_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:

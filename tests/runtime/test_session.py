@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from graphopt.errors import BadInput, GraphoptError
-from graphopt.runtime.session import bind, create_session, run, split_weights
+from graphopt.runtime.session import bind, create_session, run
+from graphopt.runtime.split import split_weights
 
 LINEAR = """
 <ir_version: 9, opset_import: ["" : 18]>

@@ -9,10 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graphopt import graphs
 from graphopt.rewrite import Context, Kind, Pass, Stage
 from graphopt.rewrite.contract import ForeignPass
 from graphopt.shapes import infer_shapes
-from graphopt.verification.replacements import Judgement, judge
+from graphopt.verification.replacements import Judgement, Watch
 from graphopt.verification.shadow import Shadow
 from tests.models import draw_feeds
 from tests.rewrite import toys
@@ -24,9 +25,9 @@ def judged(
 ) -> tuple[Judgement, list[str]]:
     """What T1 says of passes on a model, and the keys of all applications. The feeds are drawn from N(0, 1)."""
     infer_shapes(made)
-    shadow = Shadow(made)
+    watch = Watch(made)
     given = list(feeds) if feeds is not None else [draw_feeds(made, seed=seed) for seed in range(3)]
-    ctx, records = run(made, *passes, observers=[shadow], **how)
+    ctx, records = run(made, *passes, observers=[watch.shadow], **how)
     assert [r.error for r in records if r.error] == []
 
     def make(original: ir.Model, once: Callable[[Mapping[str, Any]], object]) -> list[Mapping[str, Any]]:
@@ -34,7 +35,7 @@ def judged(
             once(case)
         return given
 
-    return judge(shadow, make), [a.key for a in ctx.applications]
+    return watch.judge(make), [a.key for a in ctx.applications]
 
 
 # -- each kind of mistake, alone among right rewrites ------------------------------------------------------------------
@@ -386,8 +387,47 @@ def test_rounding_may_not_round_ten_times_worse() -> None:
 
 
 def test_lossy_is_for_the_budget_to_judge() -> None:
-    verdict, _ = judged(sums(), reassociate(Kind.LOSSY, 1.01))
+    verdict, keys = judged(sums(), reassociate(Kind.LOSSY, 1.01))
     assert verdict.failed == {}
+    assert (len(keys), verdict.checked) == (1, 0)
+
+
+SCALED = "g (float[N,4] x) => (float[N,4] y) <float w = {0.3}, float v = {0.7}> { a = Mul(x, w) y = Mul(a, v) }"
+
+
+def coarse(node: ir.Node, ctx: Context) -> bool:
+    """Lossy: rounds the first factor to tenths of a power of two."""
+    w = node.inputs[1]
+    if node.outputs[0].name != "a" or w is None or w.name != "w":
+        return False
+    new = ctx.node("Mul", [node.inputs[0], ctx.constant(np.array(0.25, np.float32), "q")], like=node.outputs[0])
+    return ctx.replace({node.outputs[0]: new.outputs[0]}, [new], rule="coarse", certain=True)
+
+
+def joined(slip: float) -> type[Pass]:
+    """Rounding: both factors in one, multiplied by ``slip``, which is a mistake if it is not 1."""
+
+    def rewrite(node: ir.Node, ctx: Context) -> bool:
+        inner = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if inner is None or inner.op_type != "Mul":
+            return False
+        factors = [graphs.constant_array(n.inputs[1]) for n in (node, inner)]
+        assert factors[0] is not None
+        assert factors[1] is not None
+        product = np.asarray(factors[0] * factors[1] * np.float32(slip))
+        new = ctx.node("Mul", [inner.inputs[0], ctx.constant(product, "p")], like=node.outputs[0])
+        return ctx.replace({node.outputs[0]: new.outputs[0]}, [new], rule="join", certain=True)
+
+    return rule(rewrite, name="joined", kind=Kind.ROUNDING, stage=Stage.FUSE)
+
+
+@pytest.mark.parametrize(("slip", "failed"), [(1.0, []), (1.001, ["joined:join@y"])])
+def test_what_follows_a_lossy_pass_is_judged_by_what_it_was_given(slip: float, failed: list[str]) -> None:
+    lossy = rule(coarse, name="coarse", kind=Kind.LOSSY, stage=Stage.QUANTISE)
+    verdict, keys = judged(model(SCALED), lossy, joined(slip))
+    assert keys == ["coarse:coarse@a", "joined:join@y"]
+    assert list(verdict.failed) == failed
+    assert verdict.checked == 1
 
 
 @pytest.mark.parametrize(

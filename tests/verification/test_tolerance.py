@@ -162,6 +162,15 @@ def test_one_eps_of_the_largest_magnitude_is_always_allowed(dtype: type) -> None
     assert why_different(far, original, exact=original.astype(np.float64)) is not None
 
 
+@pytest.mark.parametrize("other", [0.0, 1.0, -np.inf, np.nan])
+def test_what_is_infinite_stays_infinite(other: float) -> None:
+    original = np.array([1.0, np.inf, np.nan], np.float32)
+    assert within_eps(original.copy(), original)
+    assert not within_eps(np.array([1.0, other, np.nan], np.float32), original)
+    assert not within_eps(np.array([np.inf, np.inf, np.nan], np.float32), original)
+    assert not within_eps(np.array([1.0, np.inf, 0.0], np.float32), original)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("error", [0.0, 3.0, 10.0])
 def test_four_times_the_originals_error_and_one_eps(dtype: type, error: float) -> None:

@@ -9,7 +9,7 @@ from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 
 
 class MergeScales(RulePass):
-    """One multiplication instead of two, where both factors are constants of one element."""
+    """Makes one multiplication of two whose factors are constants of one element."""
 
     name = "merge-scales"
     kind = Kind.ROUNDING  # a * b rounds once, x * a * b twice: not the same bits

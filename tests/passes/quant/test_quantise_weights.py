@@ -19,6 +19,9 @@ from graphopt.files.save import save_model
 from graphopt.numerics import quantise
 from graphopt.numerics.quantise import Scheme
 from graphopt.passes.quant.quantise_weights import QuantiseWeights
+from graphopt.rewrite import Saves
+from graphopt.targets import load_target
+from graphopt.targets.target import Quantised
 from tests.passes.common import op_types, run_ort, run_pass
 
 Array = np.ndarray[Any, Any]
@@ -216,6 +219,32 @@ def test_blocks_must_divide_the_reduction() -> None:
     proto = model_of([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight(40, 64)}, (1, 40))
     _, records = run_pass(proto, QuantiseWeights, block=16)
     assert "blocks of 16 do not divide its 40 input channels" in refused(records)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize(("bits", "codes"), [(8, "uint8"), (4, "uint4")])
+def test_the_target_must_take_the_codes(target: str, bits: int, codes: str) -> None:
+    found, records = run_pass(matmul(), QuantiseWeights, target=target, bits=bits, symmetric=False)
+    reason = f"w: {target} takes no {codes} codes, only float4e2m1, float8e4m3fn, int4, int8"
+    assert refused(records) == reason
+    assert op_types(found) == ["MatMul"]
+    _, records = run_pass(matmul(), QuantiseWeights, target=target, bits=bits)
+    assert records[0].applications == 1
+
+
+def test_the_target_must_take_zero_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantised = Quantised(types=frozenset({"uint8"}), zero_points=False)
+    picky = load_target("onnxruntime").model_copy(update={"quantised": quantised})
+    monkeypatch.setattr("tests.passes.common.load_target", lambda name: picky)
+    _, records = run_pass(matmul(), QuantiseWeights, symmetric=False)
+    assert refused(records) == "w: onnxruntime takes no zero points other than 0"
+
+
+def test_a_dear_node_is_no_obstacle() -> None:
+    """It is judged by bytes: the DequantizeLinear that it adds costs time on any target."""
+    assert QuantiseWeights.saves is Saves.BYTES
+    _, records = run_pass(matmul(), QuantiseWeights)
+    assert (records[0].applications, records[0].reason) == (1, "")
 
 
 @pytest.mark.parametrize("rows", [0, 1])

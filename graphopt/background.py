@@ -1,0 +1,24 @@
+"""Work beside what Python does meanwhile: for the runtime and numpy, which do not hold the interpreter's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def in_background(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """Begin to call a function; ``result()`` gives what it returned, or raises what it raised.
+
+    What runs here must not wait for other work in the background: there are few threads.
+    """
+    return _threads().submit(work, *args, **kwargs)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="graphopt")

@@ -1,0 +1,180 @@
+"""What operators mean for the values that they are fed: tables by operator and input, data alone."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+# Operators whose output holds values of this input (None: of any input).
+PASS_ON: dict[str, tuple[int, ...] | None] = {
+    "Identity": (0,),
+    "Cast": (0,),
+    "CastLike": (0,),
+    "Reshape": (0,),
+    "Unsqueeze": (0,),
+    "Squeeze": (0,),
+    "Flatten": (0,),
+    "Transpose": (0,),
+    "Expand": (0,),
+    "Tile": (0,),
+    "Slice": (0,),
+    "Split": (0,),
+    "Concat": None,
+    "Gather": (0,),
+    "GatherElements": (0,),
+    "GatherND": (0,),
+    "ScatterElements": (0, 2),
+    "ScatterND": (0, 2),
+    "Clip": (0,),
+    "Where": (1, 2),
+    "Max": None,
+    "Min": None,
+    "Pad": (0,),
+    "Dropout": (0,),
+    "Trilu": (0,),
+    "ReduceMax": (0,),
+    "ReduceMin": (0,),
+    "Not": (0,),
+    "And": None,
+    "Or": None,
+}
+
+# What an input of an operator means for the values that may be fed to it.
+MEANINGS: dict[tuple[str, int], str] = {
+    ("Where", 0): "condition",
+    ("If", 0): "switch",
+    ("Loop", 0): "trip_count",
+    ("Loop", 1): "loop_condition",
+    ("Compress", 1): "condition",
+    ("Reshape", 1): "reshape",
+    ("Expand", 1): "expand",
+    ("Tile", 1): "repeats",
+    ("Slice", 1): "start",
+    ("Slice", 2): "end",
+    ("Slice", 3): "axes",
+    ("Slice", 4): "ones",
+    ("Pad", 1): "pads",
+    ("Pad", 3): "axes",
+    ("TopK", 1): "count",
+    ("ConstantOfShape", 0): "size",
+    ("Range", 0): "zero",
+    ("Range", 1): "size",
+    ("Range", 2): "ones",
+    ("Unsqueeze", 1): "axes",
+    ("Squeeze", 1): "axes",
+    ("CumSum", 1): "zero",
+    ("CumProd", 1): "zero",
+    ("Split", 1): "split",
+    ("SplitToSequence", 1): "split",
+    ("DFT", 1): "size",
+    ("DFT", 2): "ones",
+    ("STFT", 1): "ones",
+    ("STFT", 3): "size",
+    ("HannWindow", 0): "size",
+    ("HammingWindow", 0): "size",
+    ("BlackmanWindow", 0): "size",
+    ("Col2Im", 1): "size",
+    ("Col2Im", 2): "ones",
+    ("AffineGrid", 1): "size",
+    ("Trilu", 1): "zero",
+    ("OneHot", 1): "depth",
+    ("Resize", 1): "positive",
+    ("Resize", 2): "scales",
+    ("Upsample", 1): "scales",
+    ("Resize", 3): "size",
+    ("NonMaxSuppression", 2): "size",
+    ("NonMaxSuppression", 3): "unit_interval",
+    ("NonMaxSuppression", 4): "unit_interval",
+    ("Dropout", 1): "unit_interval",
+    ("Dropout", 2): "never",
+    ("SequenceAt", 1): "zero",
+    ("SequenceInsert", 2): "zero",
+    ("SequenceErase", 1): "zero",
+    ("BitShift", 1): "size",
+    ("Clip", 1): "lower",
+    ("Clip", 2): "upper",
+    ("Div", 1): "nonzero",
+    ("Mod", 1): "nonzero",
+    ("Reciprocal", 0): "nonzero",
+    ("Pow", 0): "positive",
+    ("Log", 0): "positive",
+    ("Sqrt", 0): "positive",
+    ("Acosh", 0): "above_one",
+    ("Asin", 0): "unit",
+    ("Acos", 0): "unit",
+    ("Atanh", 0): "unit",
+    ("BatchNormalization", 4): "positive",
+    ("QuantizeLinear", 1): "positive",
+    ("DequantizeLinear", 1): "positive",
+    ("Attention", 3): "additive",
+    ("MaxUnpool", 2): "size",
+    ("IsNaN", 0): "special",
+    ("IsInf", 0): "special",
+    **{(f"Reduce{kind}", 1): "axes" for kind in ("Sum", "Mean", "Max", "Min", "Prod", "L1", "L2", "SumSquare")},
+    ("ReduceLogSum", 1): "axes",
+    ("ReduceLogSumExp", 1): "axes",
+}
+
+# (operator, input that holds indices) -> (input that is indexed, attribute naming the axis, its default)
+INDEXERS: dict[tuple[str, int], tuple[int, str | None, int]] = {
+    ("Gather", 1): (0, "axis", 0),
+    ("GatherElements", 1): (0, "axis", 0),
+    ("ScatterElements", 1): (0, "axis", 0),
+    ("Scatter", 1): (0, "axis", 0),
+    ("GatherND", 1): (0, None, 0),
+    ("ScatterND", 1): (0, None, 0),
+    ("RotaryEmbedding", 3): (1, None, 0),
+    ("ArrayFeatureExtractor", 1): (0, None, -1),
+    ("SoftmaxCrossEntropyLoss", 1): (0, None, 1),
+    ("NegativeLogLikelihoodLoss", 1): (0, None, 1),
+    ("com.microsoft.GatherBlockQuantized", 1): (0, "gather_axis", 0),
+    ("com.microsoft.EmbedLayerNormalization", 0): (2, None, 0),
+    ("com.microsoft.EmbedLayerNormalization", 1): (4, None, 0),
+    ("com.microsoft.EmbedLayerNormalization", 8): (3, None, 0),
+    ("com.microsoft.RotaryEmbedding", 1): (2, None, 0),
+}
+# (operator, input that holds lengths) -> (input that they measure, along which axis)
+LENGTHS: dict[tuple[str, int], tuple[int, int]] = {
+    ("ReverseSequence", 1): (0, 0),
+    ("LSTM", 4): (0, 0),
+    ("GRU", 4): (0, 0),
+    ("RNN", 4): (0, 0),
+    ("Attention", 6): (1, -2),
+}
+SCATTERS = frozenset({"ScatterElements", "Scatter", "ScatterND"})
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "Equal": operator.eq,
+    "Less": operator.lt,
+    "LessOrEqual": operator.le,
+    "Greater": operator.gt,
+    "GreaterOrEqual": operator.ge,
+}
+KNOWN_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+# Inputs whose integers are sizes or bounds wherever they come from; what was computed on the way does not matter.
+BOUNDS = frozenset(
+    {
+        ("Reshape", 1),
+        ("Expand", 1),
+        ("Tile", 1),
+        ("Slice", 1),
+        ("Slice", 2),
+        ("Pad", 1),
+        ("ConstantOfShape", 0),
+        ("Range", 1),
+        ("Resize", 3),
+    }
+)
+ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div", "Mod", "Max", "Min"})
+# Attributes that list the values that an operator knows; it treats all others alike.
+VOCABULARIES = (
+    "keys_strings",
+    "keys_int64s",
+    "keys_floats",
+    "keys_tensor",
+    "cats_strings",
+    "cats_int64s",
+    "pool_strings",
+    "pool_int64s",
+    "stopwords",
+)
