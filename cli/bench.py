@@ -23,8 +23,17 @@ if TYPE_CHECKING:
     metavar="F.npz|DIR",
     help="Your own inputs; the first is timed.",
 )
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads within an operator.")
-@click.option("--seconds", type=float, default=5.0, show_default=True, help="How long to time, all models together.")
+@click.option(
+    "--threads",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Threads within an operator.",
+)
+@click.option(
+    "--seconds", metavar="S", type=float, default=5.0, show_default=True, help="How long to time, all models together."
+)
 @common_options
 def command(
     models: tuple[Path, ...],

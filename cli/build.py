@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 @click.command("build", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The engine to write.")
-@click.option("--backend", required=True, help="tensorrt-rtx (needs no GPU) or tensorrt.")
+@click.option(
+    "-o", "--out", metavar="ENGINE", required=True, type=click.Path(path_type=Path), help="The engine to write."
+)
+@click.option("--backend", metavar="NAME", required=True, help="tensorrt-rtx (needs no GPU) or tensorrt.")
 @click.option(
     "--shapes",
     multiple=True,

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 @click.command("export", context_settings=HELP)
 @click.argument("factory", metavar="MODULE:FACTORY")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The ONNX file to write.")
-@click.option("--opset", type=int, default=20, show_default=True, help="The ONNX opset to write.")
+@click.option(
+    "-o", "--out", metavar="OUT.onnx", required=True, type=click.Path(path_type=Path), help="The ONNX file to write."
+)
+@click.option("--opset", metavar="N", type=int, default=20, show_default=True, help="The ONNX opset to write.")
 @common_options
 def command(factory: str, out: Path, opset: int, as_json: bool, verbose: bool) -> None:
     """Export a torch module to ONNX and compare the two.

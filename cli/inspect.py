@@ -45,6 +45,7 @@ def command(model: str, scan: bool, as_json: bool, verbose: bool) -> None:
 
 def _show(found: Inspection, top: int | None) -> None:
     out = console()
+    constants = found.ops.get("Constant", 0)  # `optimize` does not count them
     out.print(
         table(
             ("model", found.path),
@@ -55,7 +56,7 @@ def _show(found: Inspection, top: int | None) -> None:
                     "size",
                     _size(found.bytes) + "".join(f" + {_size(f.bytes)} in {f.location}" for f in found.data_files),
                 ),
-                ("nodes", f"{found.nodes:,}"),
+                ("nodes", f"{found.nodes:,}" + (f", {constants:,} of them Constant" if constants else "")),
                 ("weights", f"{found.parameters:,} in {len(found.weights):,} tensors, {_size(found.weight_bytes)}"),
                 *((("functions", _pairs(found.functions)),) if found.functions else ()),
                 *((("metadata", ", ".join(found.metadata)),) if found.metadata else ()),

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graphopt.cli.output import HELP, common_options, console, print_json, progress, table, to_plain
+from graphopt.cli.output import (
+    HELP,
+    common_options,
+    console,
+    print_json,
+    progress,
+    table,
+    tell_distance,
+    tell_inputs,
+    to_plain,
+)
 from graphopt.errors import BadInput
 
 if TYPE_CHECKING:
@@ -21,9 +31,16 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe", "-r", multiple=True, metavar="R", help="safe (default), fp16, int8, int4 or a YAML file; repeatable."
 )
-@click.option("--set", "settings", multiple=True, metavar="P.K=V", help="Set a parameter of a pass; P.enabled=false.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="PASS.KEY=VALUE", help="A pass's parameter; PASS.enabled=false."
+)
 @click.option("--calibration", metavar="F.npz|DIR", help="Inputs of your own: an .npz, or a folder of them.")
-@click.option("--target", default="onnxruntime", show_default=True, metavar="T", help="What the result runs on.")
+@click.option(
+    "--target",
+    default="onnxruntime",
+    metavar="T",
+    help="What the result is for: onnxruntime (default), onnx, tensorrt, tensorrt-rtx or a YAML file.",
+)
 @click.option("--report", metavar="R.json", help="Write the report here, too.")
 @click.option("--no-verify", is_flag=True, help="Check the structure only, not the numbers.")
 @click.option("--custom-ops", metavar="LIB", help="Shared library of ONNX Runtime custom operators.")
@@ -78,7 +95,15 @@ def command(
     if as_json:
         print_json(result.to_json())
     else:
-        _show(result, verbose)
+        _show(result, verbose, _named(recipe, settings))
+
+
+def _named(recipe: tuple[str, ...], settings: tuple[str, ...]) -> set[str]:
+    """The passes that the user asked for by name, or by a recipe other than the default."""
+    from graphopt.recipes import load_recipes
+
+    of_recipes = {step.name for found in load_recipes(recipe) if found.name != "safe" for step in found.passes}
+    return of_recipes | {setting.partition("=")[0].rpartition(".")[0] for setting in settings}
 
 
 def _write_report(report: Report, path: str) -> None:
@@ -88,7 +113,7 @@ def _write_report(report: Report, path: str) -> None:
         raise BadInput(f"cannot be written: {error.strerror}", where=path, hint="the model was written") from error
 
 
-def _show(report: Report, verbose: bool) -> None:
+def _show(report: Report, verbose: bool, named: set[str]) -> None:
     out = console()
     assert report.output is not None
     before, after = report.input, report.output
@@ -102,7 +127,7 @@ def _show(report: Report, verbose: bool) -> None:
         )
     )
     out.print()
-    shown = [p for p in report.passes if verbose or p.kept or p.undone or p.error]
+    shown = [p for p in report.passes if verbose or p.kept or p.undone or p.error or p.name in named]
     out.print(
         table(
             ["pass", "kind", ("kept", "right"), ("undone", "right"), ("nodes", "right"), ("s", "right"), "note"],
@@ -114,7 +139,7 @@ def _show(report: Report, verbose: bool) -> None:
                     p.undone,
                     f"{p.nodes_after - p.nodes_before:+,}" if p.nodes_after != p.nodes_before else "",
                     f"{p.seconds:.2f}",
-                    p.error or p.reason,
+                    p.error or p.reason or ("" if p.kept or p.name not in named else "found nothing to do"),
                 )
                 for p in shown
             ],
@@ -124,11 +149,22 @@ def _show(report: Report, verbose: bool) -> None:
         out.print(f"{len(report.passes) - len(shown)} more found nothing to do (--verbose lists them)", style="dim")
     if verbose:
         for p in report.passes:
-            for node, reason in p.near_misses.items():
-                out.print(f"  {p.name} left {node}: {reason}", style="dim")
+            for reason, nodes in _by_reason(p.near_misses).items():
+                more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+                out.print(f"  {p.name} left {', '.join(nodes[:3])}{more}: {reason}", style="dim")
     out.print()
+    for p in report.passes:
+        if p.kind == "lossy" and not p.kept:
+            out.print(f"{p.name} was asked for and changed nothing: {p.error or p.reason or 'nothing matched'}")
     out.print(_verdict(report))
     out.print(f"wrote {after.path} in {report.seconds:.1f} s")
+
+
+def _by_reason(near_misses: dict[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for node, reason in near_misses.items():
+        found.setdefault(reason, []).append(node)
+    return found
 
 
 def _verdict(report: Report) -> str:
@@ -137,10 +173,10 @@ def _verdict(report: Report) -> str:
         return "not verified (--no-verify)"
     coverage = found.coverage
     lines = [
-        f"verified: {found.verdict}; largest difference {found.max_abs:.2g} (relative {found.max_rel:.2g}),"
-        f" cosine {found.cosine_min:.7f}, {found.cases} {coverage['feeds']} cases",
-        f"checked one by one: {coverage['checked_alone']} of {coverage['applications']} rewrites;"
-        f" the rest, and all together, as a whole with and without the runtime's optimizations",
+        f"verified: {found.verdict}, on {tell_inputs(found)}",
+        tell_distance(found),
+        f"{coverage['checked_alone']} of {coverage['applications']} rewrites one by one; all together with the"
+        " runtime's optimizations off and on",
     ]
     if coverage["vacuous"]:
         lines.append(f"says nothing (constant on every input tried): {', '.join(coverage['vacuous'][:4])}")

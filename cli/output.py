@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from graphopt.report import Verification
+
 MAX_WIDTH = 100
 # On every command, not only on the group: click remembers a command's help option from its first use.
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -118,6 +120,18 @@ def table(
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
     return made
+
+
+def tell_inputs(found: Verification) -> str:
+    """How many inputs a verification ran on, and whose they are."""
+    count, own = found.cases, found.coverage["feeds"] == "calibration"
+    noun = "input" if count == 1 else "inputs"
+    return f"{count} {noun} of yours" if own else f"{count} made-up {noun}"
+
+
+def tell_distance(found: Verification) -> str:
+    """How far the outputs lie apart."""
+    return f"largest difference {found.max_abs:.2g} (relative {found.max_rel:.2g}), cosine {found.cosine_min:.7f}"
 
 
 @contextmanager

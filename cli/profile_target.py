@@ -10,7 +10,9 @@ from graphopt.cli.output import HELP, common_options, console, print_json, progr
 @click.command("profile-target", context_settings=HELP)
 @click.option("-o", "--out", required=True, metavar="T.yaml", help="Where to write it; give it to --target.")
 @click.option("--target", default="onnxruntime", show_default=True, metavar="T", help="The target to start from.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads within an operator.")
+@click.option(
+    "--threads", metavar="N", type=click.IntRange(1), default=1, show_default=True, help="Threads within an operator."
+)
 @common_options
 def command(out: str, target: str, threads: int, as_json: bool, verbose: bool) -> None:
     """Measure this machine's cost profile and write it as a target.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from graphopt.cli.output import HELP, common_options, console, print_json, progress
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, tell_distance, tell_inputs
 
 
 @click.command("verify", context_settings=HELP)
@@ -43,8 +43,7 @@ def command(
         found = report.verification
         out.print("same" if report.passed else f"different: {report.reason}")
         out.print(
-            f"largest difference {found.max_abs:.2g} (relative {found.max_rel:.2g}), cosine {found.cosine_min:.7f},"
-            f" {found.cases} {found.coverage['feeds']} cases, yardstick {found.coverage['reference']}"
+            f"{tell_distance(found)}\non {tell_inputs(found)}; yardstick: {found.coverage['reference']}",
         )
         if found.coverage["vacuous"]:
             out.print(f"says nothing (constant on every input tried): {', '.join(found.coverage['vacuous'])}")

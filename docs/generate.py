@@ -183,7 +183,11 @@ def cli_page() -> str:
             ["code", "meaning"],
             [
                 (0, "done; what was written was verified, unless `--no-verify` was given"),
-                (1, "nothing was written, or a check failed (`verify`: different; `bisect`: a culprit was found)"),
+                (
+                    1,
+                    "nothing was written, or a check failed (`verify`: different; `bisect`: a culprit was found; "
+                    "`optimize`: no pass that loses accuracy changed anything)",
+                ),
                 (2, "bad input: a file, an option or a missing library; nothing was written"),
             ],
         )

@@ -37,7 +37,8 @@ def main() -> None:
     run("bench", str(original), str(optimized))
     print(f"\nThe files are in {folder}/: the original, the optimized model, and report.json (what each pass did, what")
     print("was undone and why, and how the result was verified).")
-    print(f"Done in {time.perf_counter() - start:.0f} s. Next: graphopt optimize YOUR.onnx, or `make demo-export`.")
+    print(f"Done in {time.perf_counter() - start:.0f} s.")
+    print("Next: `.venv/bin/graphopt optimize YOUR.onnx`, or `make demo-export`.")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 from graphopt import gates
 from graphopt.errors import GraphoptError
 from graphopt.files import load_model, stage_model
+from graphopt.numerics.blas import single_threaded_blas
 from graphopt.optimizing import Attempt, Plan, feed_source, read_feeds, run_attempt, run_file
 from graphopt.recipes import load_recipes, passes_of
 from graphopt.report import Verification
@@ -52,6 +53,7 @@ class Culprit:
         return dataclasses.asdict(self)
 
 
+@single_threaded_blas()
 def bisect(
     path: str | Path,
     *,

@@ -8,13 +8,15 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import BadInput, GateFailed
 from graphopt.report import Verification
+from graphopt.rewrite.contract import Kind
+from graphopt.rewrite.manager import PassRecord
 
 METRICS = {"cosine": "cosine_min", "max_abs": "max_abs", "max_rel": "max_rel"}
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -53,6 +55,30 @@ class FailIf:
             raise GateFailed(
                 f"{self.metric} is {value:.6g}", where=f"--fail-if {self.text}", hint="nothing was written"
             )
+
+
+def require_lossy_effect(records: Sequence[PassRecord], undone: Mapping[str, str], where: str) -> None:
+    """Lossy passes are named for what they do: a file in which none of them did anything is not what was asked for.
+
+    Args:
+        records: What each pass did.
+        undone: Application key -> why verification took it back.
+        where: The model.
+
+    Raises:
+        GateFailed: There are lossy passes, and none changed anything.
+    """
+    lossy = [record for record in records if record.kind == Kind.LOSSY.value]
+    if not lossy or any(record.kept for record in lossy):
+        return
+    record = lossy[0]
+    taken_back = next((reason for key, reason in undone.items() if key.startswith(f"{record.name}:")), "")
+    reason = f"undone: {taken_back}" if taken_back else record.error or record.reason
+    raise GateFailed(
+        f"{record.name} changed nothing: {reason or 'there is nothing that it matches'}",
+        where=where,
+        hint=f"nothing was written; `graphopt passes {record.name}` says what it takes",
+    )
 
 
 def parse_fail_if(text: str) -> FailIf:

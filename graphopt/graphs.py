@@ -212,3 +212,38 @@ def opset(model: ir.Model, domain: str = "") -> int:
     """The version of an operator domain that a model imports; 0 where it imports none."""
     imports = model.opset_imports
     return imports.get(domain, imports.get("ai.onnx", 0) if domain == "" else 0)
+
+
+def find_cycle(graph: ir.Graph) -> list[ir.Node]:
+    """Nodes of ``graph`` that depend on each other in a circle (bodies count as part of their node), or []."""
+    before: dict[ir.Node, list[ir.Node]] = {}
+    for node in graph:
+        reads = [value for value in node.inputs if value is not None]
+        for body in subgraphs(node):
+            reads.extend(captured_values(body))
+        producers = (value.producer() for value in reads)
+        before[node] = [maker for maker in producers if maker is not None and maker.graph is graph]
+    after: dict[ir.Node, list[ir.Node]] = {node: [] for node in before}
+    waiting = {node: len(makers) for node, makers in before.items()}
+    for node, makers in before.items():
+        for maker in makers:
+            after[maker].append(node)
+    ready = [node for node, count in waiting.items() if count == 0]
+    while ready:
+        node = ready.pop()
+        del waiting[node]
+        for reader in after[node]:
+            waiting[reader] -= 1
+            if waiting[reader] == 0:
+                ready.append(reader)
+    if not waiting:
+        # The circle is inside a body.
+        bodies = (body for node in before for body in subgraphs(node))
+        return next((cycle for body in bodies if (cycle := find_cycle(body))), [])
+    node = next(iter(waiting))
+    trail: dict[ir.Node, None] = {}
+    while node not in trail:
+        trail[node] = None
+        node = next(maker for maker in before[node] if maker in waiting)
+    nodes = list(trail)
+    return [*reversed(nodes[nodes.index(node) :]), nodes[-1]]

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from graphopt import garbage, gates, graphs
 from graphopt.errors import BadInput, GateFailed
 from graphopt.files import load_model, stage_model
+from graphopt.numerics.blas import single_threaded_blas
 from graphopt.recipes import load_recipes, passes_of
 from graphopt.report import ModelFacts, Report, Verification, environment, facts
 from graphopt.rewrite.context import Application, Context
@@ -162,6 +163,7 @@ def optimize(
     for _ in range(MAX_ATTEMPTS):
         attempt = run_attempt(plan, skip=undone, model=reused, watch=verify, progress=say)
         reused = None
+        gates.require_lossy_effect(attempt.records, undone, str(source))
         say("writing")
         with stage_model(attempt.model, destination) as staged:
             if not verify:
@@ -169,7 +171,8 @@ def optimize(
                 checked = _Checked(verification)
             else:
                 say("verifying")
-                checked = check(plan, attempt, staged.staged_path)
+                with single_threaded_blas():
+                    checked = check(plan, attempt, staged.staged_path)
             if checked.refused:
                 undone.update(checked.refused)
                 del attempt, checked

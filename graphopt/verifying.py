@@ -12,6 +12,7 @@ from typing import Any
 from graphopt import gates
 from graphopt.errors import BadInput
 from graphopt.files import load_model
+from graphopt.numerics.blas import single_threaded_blas
 from graphopt.optimizing import Plan, check_whole, feed_source, read_feeds
 from graphopt.report import Verification
 from graphopt.shapes import infer_shapes
@@ -42,6 +43,7 @@ class VerifyReport:
         return dataclasses.asdict(self)
 
 
+@single_threaded_blas()
 def verify(
     a: str | Path,
     b: str | Path,

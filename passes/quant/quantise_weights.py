@@ -142,7 +142,7 @@ class QuantiseWeights(Pass):
             return f"blocks of {block} do not divide its {shape[reduction]} input channels"
         needed = max(SCALE_TYPES[tensor.dtype], NARROW_OPSET if block or bits == 4 else 13)
         if ctx.opset < needed:
-            return f"needs opset {needed}, the model has {ctx.opset} (see the pass upgrade-opset)"
+            return f"needs opset {needed}, the model has {ctx.opset}: add --set upgrade-opset.version={needed}"
         scheme = quantise.Scheme(bits, reduction if block else channels, block, symmetric)
         # ctx.replace would refuse it too, but only after the weight was read and small codes were computed.
         before, after = tensor.nbytes, _nbytes(scheme, shape, tensor.dtype)

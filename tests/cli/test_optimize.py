@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 
 from graphopt.cli.main import main
 from graphopt.recipes import recipe_names
-from graphopt.rewrite import Kind
-from tests.rewrite.toys import model, ops, register, swap
+from graphopt.rewrite import Context, Kind
+from tests.rewrite.toys import model, ops, register, rule, swap
 from tests.verification.test_shadow import once
 
 NET = """g (float[N,8] x) => (float[N,8] y) {
@@ -52,10 +53,69 @@ def test_the_table(net: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "after 4 0 0.00" in text
     assert "remove-identities bitwise 2 0 -2" in text
     assert "1 undone: is " in text
-    assert "verified: passed; largest difference" in text
-    assert "checked one by one: 2 of 2 rewrites" in text
+    assert "verified: passed, on 3 made-up inputs largest difference" in text
+    assert "2 of 2 rewrites one by one; all together with" in text
     assert f"wrote {net.with_name('m.opt.onnx')}".replace(" ", "") in "".join(out.split())
     assert "more found nothing to do (--verbose lists them)" in text
+
+
+QUANTISE = ["--set", "quantise-weights.bits=4", "--fail-if", "cosine<0.5", "--calibration"]
+
+
+@pytest.fixture
+def product(tmp_path: Path) -> tuple[Path, Path]:
+    """A matrix product whose opset has no int4, and data for it."""
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    text = "g (float[N,64] x) => (float[N,64] y) { i = Identity(x) m = MatMul(i, w) y = Tanh(m) }"
+    ir.save(model(text, opset=18, weights={"w": weight}), tmp_path / "product.onnx")
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32))
+    return tmp_path / "product.onnx", tmp_path / "data.npz"
+
+
+def test_a_lossy_pass_that_changes_nothing_is_a_failure(
+    product: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = product
+    code, out, err = run(capsys, source, *QUANTISE, data)
+    assert (code, out) == (1, "")
+    assert "quantise-weights changed nothing: needs opset 21, the model has 18" in err
+    assert "nothing was written" in err
+    assert not source.with_name("product.opt.onnx").exists()
+    (fix,) = re.findall(r"add (--set \S+)", err)
+    code, out, _ = run(capsys, source, *QUANTISE, data, *fix.split())
+    assert code == 0
+    assert "verified: within budget, on 4 inputs of yours" in out
+
+
+def test_a_lossy_pass_that_changes_nothing_beside_one_that_does_is_named(
+    product: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, data = product
+    code, out, _ = run(capsys, source, *QUANTISE, data, "--recipe", "fp16")
+    assert code == 0
+    text = " ".join(out.split())
+    assert "quantise-weights was asked for and changed nothing: needs opset 21, the model has 18" in text
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_a_pass_asked_for_by_name_has_its_row(
+    net: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(node: ir.Node, ctx: Context) -> bool:
+        if node.op_type == "Abs":
+            ctx.refuse(node, "w: too small for it")
+        return False
+
+    settings = register(monkeypatch, rule(refuse, name="shy"), rule(lambda node, ctx: False, name="blind"))
+    own = net.parent / "own.yaml"
+    own.write_text("name: own\npasses: [fuse-gelu]\n")
+    code, out, _ = run(capsys, net, "--recipe", "safe", "--recipe", own, *(f"--set={text}" for text in settings))
+    assert code == 0
+    text = " ".join(out.split())
+    assert "shy bitwise 0 0 0.00 too small for it" in text
+    assert "blind bitwise 0 0 0.00 found nothing to do" in text
+    assert "fuse-gelu rounding 0 0 0.00 found nothing to do" in text
+    assert "fuse-layer-norm" not in text
 
 
 def test_verbose_lists_every_pass_and_near_misses(net: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def test_the_same(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> 
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "same"
-    assert "yardstick float64" in out
+    assert "made-up inputs; yardstick: float64" in out
     assert "says nothing (constant on every input tried): z" in out
     assert max(map(len, lines)) <= 100
 

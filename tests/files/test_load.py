@@ -129,7 +129,7 @@ def test_logging_is_as_before_after_a_failed_load(tmp_path: Path) -> None:
 
 
 def test_every_runtime_op_is_unknown_to_onnx_or_newer_than_its_first_use() -> None:
-    from graphopt.files.check import RUNTIME_OPS
+    from graphopt.files.signatures import RUNTIME_OPS
 
     known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
     assert RUNTIME_OPS & known <= {"LayerNormalization"}

@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from graphopt.errors import BadInput, GraphoptError
-from graphopt.files import load_model, save, save_model, stage_model
+from graphopt.files import load_model, placement, save_model, stage_model
 from tests.files import sources
 
 SHAPE = (67, 67)  # an odd number of elements: the last byte of 4-bit types is half used
@@ -183,7 +183,7 @@ def test_an_external_model_stays_external_when_every_weight_is_new(tmp_path: Pat
 
 
 def test_too_much_for_one_protobuf_goes_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(save, "EMBED_LIMIT", 3999)
+    monkeypatch.setattr(placement, "EMBED_LIMIT", 3999)
     source = sources.write(sources.model([sources.tensor("w", "FLOAT", (1000,))]), tmp_path / "in.onnx")
     saved = save_model(load_model(source), tmp_path / "out.onnx")
     assert len(list(tmp_path.glob("out.*.data"))) == 1

@@ -8,7 +8,7 @@ import pytest
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.rewrite import Context, Kind, Stage
 from graphopt.rewrite.contract import ForeignPass
-from graphopt.rewrite.manager import MAX_ROUNDS, run_passes
+from graphopt.rewrite.manager import MAX_ROUNDS, most_frequent, run_passes
 from tests.rewrite import toys
 from tests.rewrite.toys import bypass, context, model, ops, producer, rule, run, swap, whole
 
@@ -152,6 +152,24 @@ def test_records_count_nodes_and_what_was_not_cheaper() -> None:
     assert (two.applications, two.kept) == (0, 0)
     assert "not cheaper on onnxruntime" in two.reason
     assert list(two.near_misses.values()) == ["not cheaper on onnxruntime"]
+
+
+def test_a_pass_that_did_nothing_says_why_most_often() -> None:
+    text = "g (float[4] x) => (float[4] y) { a = Abs(x) b = Neg(a) c = Abs(b) d = Exp(c) y = Abs(d) }"
+
+    def refuse(node: ir.Node, ctx: Context) -> bool:
+        if node.op_type in ("Abs", "Exp"):
+            ctx.refuse(node, f"{node.name}: too small" if node.op_type == "Abs" else "steep")
+        return False
+
+    made = model(text)
+    for index, node in enumerate(made.graph):
+        node.name = f"n{index}"
+    _, (record,) = run(made, rule(refuse))
+    assert len(record.near_misses) == 4
+    assert record.reason == "mostly: too small"
+    assert most_frequent(["w: a", "v: a"]) == "a"
+    assert most_frequent([]) == ""
 
 
 def test_progress_hears_every_pass() -> None:

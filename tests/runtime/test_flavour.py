@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import metadata
 
 import pytest
 
 from graphopt.errors import MissingDependency
 from graphopt.runtime import flavour
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_import() -> Iterator[None]:
+    flavour.import_onnxruntime.cache_clear()
+    yield
+    flavour.import_onnxruntime.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:

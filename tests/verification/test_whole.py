@@ -108,6 +108,10 @@ def test_outputs_that_change_are_not_vacuous() -> None:
     assert reference_of(model(text)).vacuous() == []
 
 
+def test_a_constant_whose_shape_is_the_input_is_not_vacuous() -> None:
+    assert reference_of(model("g (int64[2] x) => (float[A,B] y) { y = ConstantOfShape(x) }")).vacuous() == []
+
+
 def test_only_the_outputs_that_say_nothing_are_named() -> None:
     made = model("g (float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Sub(x, x) z = Neg(x) }")
     assert reference_of(made).vacuous() == ["y"]
