@@ -45,7 +45,7 @@ class Application:
 class Checkpoint(Enum):
     """Where whole models can be compared."""
 
-    STAGE_DONE = "stage done"
+    ROUND_DONE = "round done"
     BEFORE_LOSSY = "before a lossy pass"
     AFTER_LOSSY = "after a lossy pass"
 

@@ -88,10 +88,10 @@ def run_passes(
             for p in by_stage[stage]:
                 round_changed = run_one(p) or round_changed
             changed = changed or round_changed
+            if round_changed:
+                ctx.checkpoint(Checkpoint.ROUND_DONE)
             if not round_changed or stage is Stage.IMPORT:
                 break
-        if changed:
-            ctx.checkpoint(Checkpoint.STAGE_DONE)
         return changed
 
     def run_one(p: Pass) -> bool:

@@ -91,6 +91,7 @@ class Shadow:
         self.proved: dict[str, None] = {}
         self.unknown: dict[str, None] = {}
         self._closed = closed or (lambda epoch: None)
+        self._contents: dict[int, tuple[ir.TensorProtocol, object | None]] = {}
         self._count = 0
         self._applications = 0
         self._bitwise = True
@@ -137,8 +138,8 @@ class Shadow:
             self._begin_anew(model, lossy=lossy)
 
     def _is_worth_it(self, model: ir.Model) -> bool:
-        """Whether a part of a large model is done that the runtime may load while passes go on with the rest."""
-        return self._nodes >= _LARGE and 2 * graphs.count_nodes(model) <= self._nodes
+        """Whether so much of a large model is done that the runtime may load that part while passes go on."""
+        return len(self.epochs) == 1 and self._nodes >= _LARGE and 4 * graphs.count_nodes(model) <= 3 * self._nodes
 
     def replacing(
         self, application: Application, outputs: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]
@@ -153,6 +154,9 @@ class Shadow:
         owner = producer.graph if producer is not None else first.graph
         graph = self._graphs.get(owner) if owner is not None else None
         if graph is None:
+            return
+        if not nodes and self._are_proved(outputs):
+            self.proved[application.key] = None
             return
         captured = [[v for body in graphs.subgraphs(n) for v in graphs.captured_values(body)] for n in nodes]
         reads = {v for n in nodes for v in n.inputs if v is not None}.union(*captured)
@@ -195,6 +199,14 @@ class Shadow:
             elif new in made:
                 # Whoever reads the replacement from here on is fed with the original's value.
                 self._values[new] = original
+
+    def _are_proved(self, outputs: Mapping[ir.Value, ir.Value]) -> bool:
+        """Whether every value gives way to one that was there before and is proved to be the same."""
+        values = self._values
+        return all(
+            new in values and old in values and self._proofs.are_same(values[old], values[new])
+            for old, new in outputs.items()
+        )
 
     def _meanings(
         self, outputs: Mapping[ir.Value, ir.Value], reads: set[ir.Value], graph: ir.Graph
@@ -267,7 +279,7 @@ class Shadow:
             if node.op_type == "Constant" and (value := node.outputs[0]).name and not value.is_graph_output():
                 tensor = graphs.constant_tensor(value)
                 if tensor is not None:  # an initializer is the same, and there are so many of them
-                    key = _content(tensor) or value
+                    key = self._content(tensor) or value
                     if key not in constants:
                         constants[key] = ir.Value(
                             name=value.name, type=value.type, shape=value.shape, const_value=tensor
@@ -326,7 +338,7 @@ class Shadow:
 
     def _constant(self, value: ir.Value, tensor: ir.TensorProtocol, graph: ir.Graph) -> ir.Value:
         """A constant of the shadow. Small ones come by the thousand and are mostly alike: one stands for all."""
-        content = _content(tensor)
+        content = self._content(tensor)
         if content is not None and (graph, content) in self._constants:
             return self._constants[graph, content]
         made = ir.Value(name=self._name(), type=value.type, shape=value.shape, const_value=tensor)
@@ -334,6 +346,15 @@ class Shadow:
         if content is not None:
             self._constants[graph, content] = made
         return made
+
+    def _content(self, tensor: ir.TensorProtocol) -> object | None:
+        """What a small constant holds, to compare by; None for others."""
+        if id(tensor) not in self._contents:
+            content: object | None = None
+            if tensor.size <= _SMALL and tensor.dtype != ir.DataType.STRING:
+                content = tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
+            self._contents[id(tensor)] = tensor, content  # the tensor is kept, or its number would be given away
+        return self._contents[id(tensor)][1]
 
     def _copy(self, node: ir.Node, graph: ir.Graph, meant: Mapping[ir.Value, ir.Value]) -> ir.Node:
         inputs = [None if value is None else self._mirror(value, graph, meant) for value in node.inputs]
@@ -381,13 +402,6 @@ class Shadow:
             if graphs.has_subgraphs(node):
                 for body, mirrored in zip(graphs.subgraphs(node), graphs.subgraphs(copy), strict=True):
                     self._map_graph(body, mirrored)
-
-
-def _content(tensor: ir.TensorProtocol) -> object | None:
-    """What a small constant holds, to compare by; None for others."""
-    if tensor.size > _SMALL or tensor.dtype == ir.DataType.STRING:
-        return None
-    return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
 
 
 def _with_nested(node: ir.Node) -> Iterator[ir.Node]:

@@ -557,7 +557,7 @@ def test_observers_hear_of_a_replacement_before_it_happens() -> None:
             heard.append((reached.value, []))
 
     toys.run(chain(2), swap("Neg", "Abs"), observers=[Ear()])
-    assert heard == [("toy:Neg-to-Abs@v1", ["v1"]), ("toy:Neg-to-Abs@v2", ["v2"]), ("stage done", [])]
+    assert heard == [("toy:Neg-to-Abs@v1", ["v1"]), ("toy:Neg-to-Abs@v2", ["v2"]), ("round done", [])]
 
 
 def test_applications_say_where_and_what() -> None:
