@@ -20,7 +20,7 @@ from graphopt.benchmarking import ratio_interval
 def main() -> None:
     """Run, print, record."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     from tests.models import many_small_nodes
 

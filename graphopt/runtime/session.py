@@ -150,6 +150,7 @@ def import_soon() -> None:
 
 
 _KEPT_ALIVE: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_RAW_OUTPUTS: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
 
 
 def reason(error: BaseException) -> str:
@@ -180,8 +181,7 @@ def run(
     specs = session.get_inputs()
     check_feeds([(spec.name, spec.type, spec.shape) for spec in specs], feeds)
     wanted = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
-    asked = frozenset(wanted)
-    raw_outputs = any(_raw_type(output.type) for output in session.get_outputs() if output.name in asked)
+    raw_outputs = not _raw_outputs(session).isdisjoint(wanted)
     arrays = {spec.name: _as_array(feeds[spec.name]) for spec in specs}
     try:
         if raw_outputs or any(_is_raw(array) for array in arrays.values()):
@@ -191,6 +191,13 @@ def run(
         raise
     except Exception as error:
         raise GraphoptError(f"onnxruntime failed: {reason(error)}") from error
+
+
+def _raw_outputs(session: onnxruntime.InferenceSession) -> frozenset[str]:
+    """The outputs of a type that numpy cannot name. Asked at every run, of sessions with thousands of outputs."""
+    if session not in _RAW_OUTPUTS:
+        _RAW_OUTPUTS[session] = frozenset(o.name for o in session.get_outputs() if _raw_type(o.type))
+    return _RAW_OUTPUTS[session]
 
 
 def bind(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Callable[[], object]:

@@ -102,12 +102,11 @@ def is_known(node: ir.Node, model: ir.Model) -> bool:
 def _needs_twin(model: ir.Model) -> bool:
     """Whether some node takes or gives a narrow float for which its operator has no CPU kernel."""
     for node in graphs.all_nodes(model):
+        if node.domain:
+            continue
         for value in (*node.inputs, *node.outputs):
             kind = None if value is None else value.type
-            # Nearly every value is of one of two types; the set of narrow ones is asked only for the others.
-            if kind is None or kind.dtype is ir.DataType.FLOAT or kind.dtype is ir.DataType.INT64:
-                continue
-            if kind.dtype in NARROW and node.domain == "":
+            if kind is not None and kind.dtype in NARROW:
                 types = _kernels().get(("", node.op_type))
                 if types and f"tensor({_ort_name(kind.dtype)})" not in types:
                     return True

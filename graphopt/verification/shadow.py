@@ -423,7 +423,10 @@ class Surface:
     def __init__(self, model: ir.Model) -> None:
         self._main = model.graph
         self._owners: dict[ir.Graph, ir.Node] = {
-            body: node for node in graphs.all_nodes(model) for body in graphs.subgraphs(node)
+            body: node
+            for node in graphs.all_nodes(model)
+            if graphs.has_subgraphs(node)
+            for body in graphs.subgraphs(node)
         }
         self._found: dict[ir.Value, ir.Value | None] = {}
         self._count = 0

@@ -166,13 +166,17 @@ class Reference:
 
         An output that no input reaches is what it is, and is compared like any other.
         """
+        silent = [
+            value
+            for value in self.model.graph.outputs
+            if (arrays := [result.get(value.name or "") for result in self.results])
+            and all(map(_says_nothing, arrays))
+            and _all_alike(arrays)
+        ]
+        if not silent:
+            return []
         reached = _reached_by_inputs(self.model)
-        names = []
-        for value in self.model.graph.outputs:
-            arrays = [result.get(value.name or "") for result in self.results]
-            if value in reached and all(_says_nothing(array) for array in arrays) and _all_alike(arrays):
-                names.append(value.name or "")
-        return names
+        return [value.name or "" for value in silent if value in reached]
 
 
 def session_for(

@@ -24,6 +24,10 @@ from graphopt.verification.tolerance import is_float
 Environment = dict[ir.Value, Any]
 
 
+# Elements of a constant that is kept in double precision after it was read once.
+_SMALL = 1024
+
+
 def evaluate(model: ir.Model, feeds: Mapping[str, Array], wanted: Sequence[ir.Value] | None = None) -> list[Any]:
     """Run a model in float64.
 
@@ -116,17 +120,19 @@ def widen(value: Any) -> Any:
 
 def run_nodes(nodes: Sequence[ir.Node], environment: Environment, model: ir.Model, *, keep: Sequence[ir.Value]) -> None:
     """Run nodes in order, reading from and writing to ``environment``; forget values after their last use."""
-    remaining: Counter[ir.Value] = Counter(value for node in nodes for value in _reads(node))
+    reads = [_reads(node) for node in nodes]
+    remaining: Counter[ir.Value] = Counter(itertools.chain.from_iterable(reads))
     kept = set(keep)
-    for node in nodes:
-        if node.op_type == "Constant" and graphs.is_constant(node.outputs[0]):
-            continue  # read where it is used
-        for value, array in zip(node.outputs, run_node(node, environment, model), strict=False):
-            environment[value] = array
-        for value in _reads(node):
-            remaining[value] -= 1
-            if remaining[value] <= 0 and value not in kept and value.producer() is not None:
-                environment.pop(value, None)
+    with np.errstate(all="ignore"):
+        for node, read in zip(nodes, reads, strict=True):
+            if node.op_type == "Constant" and graphs.is_constant(node.outputs[0]):
+                continue  # read where it is used
+            for value, array in zip(node.outputs, run_node(node, environment, model), strict=False):
+                environment[value] = array
+            for value in read:
+                remaining[value] -= 1
+                if remaining[value] <= 0 and value not in kept and value.producer() is not None:
+                    environment.pop(value, None)
 
 
 def run_node(node: ir.Node, environment: Environment, model: ir.Model) -> list[Any]:
@@ -144,8 +150,7 @@ def run_node(node: ir.Node, environment: Environment, model: ir.Model) -> list[A
     if node.domain == "":
         operator = OPERATORS.get(node.op_type)
         try:
-            with np.errstate(all="ignore"):
-                result = None if operator is None else operator(node, inputs, graphs.opset(model))
+            result = None if operator is None else operator(node, inputs, graphs.opset(model))
         except (IndexError, ValueError, TypeError, KeyError, MemoryError) as error:
             raise NotExact(f"{node.op_type} {node.name}: {error}") from error
         if result is not None:
@@ -169,8 +174,9 @@ def _gather_constant(node: ir.Node, environment: Environment) -> Any:
 
 def _reads(node: ir.Node) -> list[ir.Value]:
     values = [value for value in node.inputs if value is not None]
-    for body in graphs.subgraphs(node):
-        values.extend(graphs.captured_values(body))
+    if graphs.has_subgraphs(node):
+        for body in graphs.subgraphs(node):
+            values.extend(graphs.captured_values(body))
     return values
 
 
@@ -180,7 +186,10 @@ def _read(value: ir.Value, environment: Environment) -> Any:
     tensor = graphs.constant_tensor(value) or (value.const_value if value.is_initializer() else None)
     if tensor is None:
         raise NotExact(f"{value.name} has no value")
-    return widen(tensor.numpy())
+    widened = widen(tensor.numpy())
+    if tensor.size <= _SMALL:
+        environment[value] = widened
+    return widened
 
 
 def _run_body(body: ir.Graph, arguments: Sequence[Any], environment: Environment, model: ir.Model) -> list[Any]:
