@@ -422,7 +422,8 @@ def explain(original: Path, mutant: Path) -> tuple[bool, str]:
         verdict = "harmless: rounding"
     elif _same_by_definition(original, mutant, apart):
         verdict = "harmless: the same bits operator by operator, which the runtime rounds elsewhere"
-    return False, f"{verdict}, at most {worst:.3g} eps on {len(feeds)} further inputs"
+    far = f"at most {worst:.3g} eps apart" if np.isfinite(worst) else "one overflows where the other does not"
+    return False, f"{verdict}; on {len(feeds)} further inputs {far}"
 
 
 def _same_by_definition(original: Path, mutant: Path, cases: Sequence[dict[str, Any]]) -> bool:

@@ -59,10 +59,23 @@ def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
         yield from nested_graphs(function.graph)
 
 
+def nested_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Every node of the graph and of the bodies below it, outer before inner. Each is looked at once."""
+    pending = [graph]
+    while pending:
+        bodies: list[ir.Graph] = []
+        for node in pending.pop():
+            yield node
+            if has_subgraphs(node):
+                bodies.extend(subgraphs(node))
+        pending.extend(bodies)
+
+
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of a model, bodies and functions included."""
-    for graph in all_graphs(model):
-        yield from graph
+    yield from nested_nodes(model.graph)
+    for function in model.functions.values():
+        yield from nested_nodes(function.graph)
 
 
 def is_constant(value: ir.Value | None) -> bool:

@@ -80,13 +80,16 @@ def feeds_that_run(
             if key in tried:
                 continue
             tried.add(key)
-            try:
-                results = run(feeds)
-            except Exception as error:
-                first_error = first_error or error
-                continue
+            # Larger magnitudes tell more than the plain values, which need not be run where those do.
             draws = STRETCHES if case == synthesis.large_case else ()
             better = _first(synthesis, case, attempt, draws, run, feeds, telling.is_finite)
+            results = None
+            if better is None:
+                try:
+                    results = run(feeds)
+                except Exception as error:
+                    first_error = first_error or error
+                    continue
             if better is None and futile < _MOST_FUTILE and telling.says_nothing(results):
                 better = _first(synthesis, case, attempt, REDRAWS, run, feeds, lambda made: True)
                 futile += better is None

@@ -124,8 +124,8 @@ class Context:
         """Every standard node of the given types (all nodes without one), in topological order within its graph."""
         wanted = frozenset(op_types)
         if not wanted:
-            return [node for graph in self.graphs() for node in graph]
-        return [node for g in self.graphs() for node in g if node.op_type in wanted and node.domain == ""]
+            return list(graphs.all_nodes(self.model))
+        return [node for node in graphs.all_nodes(self.model) if node.op_type in wanted and node.domain == ""]
 
     # -- making nodes ----------------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ class Shadow:
             functions=[function.clone() for function in model.functions.values()],
         )
         self.epochs.append(Epoch(copy, self._applications, lossy_before=lossy, bitwise_before=self._bitwise))
-        self._nodes = graphs.count_nodes(model)
+        self._nodes = sum(len(copied) for copied in self._graphs.values())
 
     def _begin_anew(self, model: ir.Model, *, lossy: bool = False) -> None:
         self._close()
@@ -273,7 +273,8 @@ class Shadow:
                 values[value] = ir.Value(
                     name=value.name, type=value.type, shape=value.shape, const_value=value.const_value
                 )
-        nodes = []
+        nodes: list[ir.Node] = []
+        bearers: list[ir.Node] = []
         constants: dict[object, ir.Value] = {}
         for node in graph:
             if node.op_type == "Constant" and (value := node.outputs[0]).name and not value.is_graph_output():
@@ -288,7 +289,8 @@ class Shadow:
                     continue
             outputs = [ir.Value(name=v.name, type=v.type, shape=v.shape) for v in node.outputs]
             attributes: list[ir.Attr] = list(node.attributes.values()) if node.attributes else []
-            if graphs.has_subgraphs(node):
+            bears = graphs.has_subgraphs(node)
+            if bears:
                 attributes = [self._clone_attribute(attribute) for attribute in attributes]
             inputs = [None if value is None else values[value] for value in node.inputs]
             nodes.append(
@@ -302,6 +304,8 @@ class Shadow:
                     name=node.name,
                 )
             )
+            if bears:
+                bearers.append(nodes[-1])
             values.update(zip(node.outputs, outputs, strict=True))
         copy = ir.Graph(
             [values[value] for value in graph.inputs],
@@ -313,7 +317,7 @@ class Shadow:
         )
         self._constants.update(((copy, key), value) for key, value in constants.items())
         self._graphs[graph] = copy
-        self._nest(copy)
+        self._outer.update((body, copy) for node in bearers for body in graphs.subgraphs(node))
         return copy
 
     def _nest(self, graph: ir.Graph) -> None:
