@@ -249,6 +249,8 @@ def run_attempt(
     passes = plan.make_passes()
     told = None if progress is None else (lambda name, seconds: progress(f"{name} ({seconds:.1f} s)"))
     records = run_passes(context, passes, progress=told)
+    if watching is not None:
+        watching.close()
     _forget_inferred(model, declared, untyped)
     return Attempt(model, context, records, watching)
 

@@ -75,8 +75,15 @@ class Watch:
         self._custom_ops = custom_ops
         self._views: list[_View] = []
         self._judged: set[str] = set()
+        self._closed = False
         # Sessions of the parts that are done are made while passes go on.
         self.shadow = Shadow(model, closed=lambda epoch: self._views.append(_View(epoch, custom_ops)))
+
+    def close(self) -> None:
+        """The last pass has run: begin to load what it left."""
+        if not self._closed:
+            self._closed = True
+            self.shadow.finish()
 
     def judge(self, make_feeds: MakeFeeds, *, source: Path | None = None, bitwise: bool = False) -> Judgement:
         """Compare each replaced value with its replacement, on every case. Call once, after the last pass.
@@ -86,7 +93,7 @@ class Watch:
             source: The original's file, where it has one.
             bitwise: Whether everything promises the same bits, so that no float64 result will be asked for.
         """
-        self.shadow.finish()
+        self.close()
         first = self._views[0]
         own = [value.name or "" for value in first.model.graph.outputs]
         results: dict[int, tuple[Mapping[str, Any], dict[str, Any]]] = {}
