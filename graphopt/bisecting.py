@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from graphopt import gates
+from graphopt.attempts import Attempt, Plan, run_attempt
+from graphopt.cases import feed_source, read_feeds
+from graphopt.checking import run_file
 from graphopt.errors import GraphoptError
 from graphopt.files import load_model, stage_model
 from graphopt.numerics.blas import single_threaded_blas
-from graphopt.optimizing import Attempt, Plan, feed_source, read_feeds, run_attempt, run_file
 from graphopt.recipes import load_recipes, passes_of
 from graphopt.report import Verification
 from graphopt.rewrite.context import Application

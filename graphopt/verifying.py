@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from graphopt import gates
+from graphopt.attempts import Plan
+from graphopt.cases import feed_source, read_feeds
+from graphopt.checking import check_whole
 from graphopt.errors import BadInput
 from graphopt.files import load_model
 from graphopt.numerics.blas import single_threaded_blas
-from graphopt.optimizing import Plan, check_whole, feed_source, read_feeds
 from graphopt.report import Verification
 from graphopt.shapes import infer_shapes
 from graphopt.targets import load_target

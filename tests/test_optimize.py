@@ -18,7 +18,7 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
-from graphopt import optimizing
+from graphopt import checking, optimizing
 from graphopt.cli.output import to_plain
 from graphopt.errors import BadInput, GateFailed, GraphoptError
 from graphopt.rewrite import Context, Kind, Pass, Stage
@@ -190,7 +190,7 @@ def test_a_foreign_pass_that_is_wrong_is_left_out(net: Path, monkeypatch: pytest
 def test_what_differs_only_as_deployed_is_avoided_and_said_so(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime, its optimizations on, makes something else of one rewrite."""
     settings = register(monkeypatch, once(swap("Abs", "Abs", name="unlucky")))
-    real = optimizing.run_file
+    real = checking.run_file
 
     def miscompiled(path: Path, *args: Any, deployed: bool, session: Any = None) -> list[dict[str, Any]] | None:
         results = real(path, *args, deployed=deployed, session=session)
@@ -199,7 +199,7 @@ def test_what_differs_only_as_deployed_is_avoided_and_said_so(net: Path, monkeyp
             return [{name: array + 1 for name, array in case.items()} for case in results]
         return results
 
-    monkeypatch.setattr(optimizing, "run_file", miscompiled)
+    monkeypatch.setattr(checking, "run_file", miscompiled)
     report = graphopt.optimize(net, settings=settings)
     ((key, reason),) = report.undone.items()
     assert key == "unlucky:Abs-to-Abs@a"
@@ -210,14 +210,14 @@ def test_what_differs_only_as_deployed_is_avoided_and_said_so(net: Path, monkeyp
 
 def test_a_difference_that_no_rewrite_makes_ends_the_run(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(net.parent)
-    real = optimizing.run_file
+    real = checking.run_file
 
     def broken(*args: Any, deployed: bool, session: Any = None) -> list[dict[str, Any]]:
         results = real(*args, deployed=deployed, session=session)
         assert results is not None
         return [{name: array + 1 for name, array in case.items()} for case in results]
 
-    monkeypatch.setattr(optimizing, "run_file", broken)
+    monkeypatch.setattr(checking, "run_file", broken)
     with pytest.raises(GateFailed, match="no single rewrite is to blame; nothing was written"):
         graphopt.optimize(net)
     assert contents(net.parent) == before

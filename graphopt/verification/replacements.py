@@ -85,13 +85,13 @@ class Watch:
             self._closed = True
             self.shadow.finish()
 
-    def judge(self, make_feeds: MakeFeeds, *, source: Path | None = None, bitwise: bool = False) -> Judgement:
+    def judge(self, make_feeds: MakeFeeds, *, source: Path | None = None, exact_soon: bool = False) -> Judgement:
         """Compare each replaced value with its replacement, on every case. Call once, after the last pass.
 
         Args:
             make_feeds: Gives the cases, from the original and a function that runs it once.
             source: The original's file, where it has one.
-            bitwise: Whether everything promises the same bits, so that no float64 result will be asked for.
+            exact_soon: Whether to begin with the float64 result in the background, since it will be asked for.
         """
         self.close()
         first = self._views[0]
@@ -117,7 +117,7 @@ class Watch:
             raise
         known = [results[id(case)][1] if id(case) in results else once(case) for case in given]
         reference = first.reference(given, self._custom_ops, source, known)
-        if not bitwise:
+        if exact_soon:
             reference.exact_soon()
         verdict = Judgement(reference, unchecked=list(self.shadow.unknown))
         self._judged.update(self.shadow.proved)
