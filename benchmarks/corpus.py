@@ -101,14 +101,14 @@ def onnxscript_optimize(source: Path, out: Path) -> None:
 
 def onnxslim_slim(source: Path, out: Path) -> None:
     """onnxslim with its default settings."""
-    import onnxslim  # type: ignore[import-untyped]
+    import onnxslim
 
     onnx.save(onnxslim.slim(onnx.load(source)), out)
 
 
 def onnxsim_simplify(source: Path, out: Path) -> None:
     """onnxsim with its default settings."""
-    import onnxsim  # type: ignore[import-untyped]
+    import onnxsim
 
     onnx.save(onnxsim.simplify(onnx.load(source))[0], out)
 

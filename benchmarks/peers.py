@@ -43,14 +43,14 @@ def _onnxscript(source: str, out: str) -> None:
 
 def _onnxsim(source: str, out: str) -> None:
     import onnx
-    import onnxsim  # type: ignore[import-untyped]
+    import onnxsim
 
     simplified, _ = onnxsim.simplify(source)
     onnx.save(simplified, out, save_as_external_data=True, location=f"{Path(out).name}.data")
 
 
 def _onnxslim(source: str, out: str) -> None:
-    import onnxslim  # type: ignore[import-untyped]
+    import onnxslim
 
     onnxslim.slim(source, out, save_as_external_data=True)
 
