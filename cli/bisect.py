@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import click
 
-from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, recipe_options, table
 
 
 @click.command("bisect", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx")
-@click.option(
-    "--recipe", "-r", multiple=True, metavar="R", help="safe (default), fp16, int8, int4 or a YAML file; repeatable."
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="PASS.KEY=VALUE", help="A pass's parameter; PASS.enabled=false."
-)
-@click.option("--calibration", metavar="F.npz|DIR", help="Inputs of your own: an .npz, or a folder of them.")
-@click.option(
-    "--target",
-    default="onnxruntime",
-    metavar="T",
-    help="What the result is for: onnxruntime (default), onnx, tensorrt, tensorrt-rtx or a YAML file.",
-)
+@recipe_options
 @click.option("--custom-ops", metavar="LIB", help="Shared library of ONNX Runtime custom operators.")
 @click.option("--fail-if", multiple=True, metavar="COND", help="The tolerance: 'max_abs>1e-5'. Default: rounding.")
 @common_options

@@ -14,6 +14,7 @@ from graphopt.cli.output import (
     console,
     print_json,
     progress,
+    recipe_options,
     table,
     tell_distance,
     tell_inputs,
@@ -28,19 +29,7 @@ if TYPE_CHECKING:
 @click.command("optimize", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx")
 @click.option("-o", "--out", metavar="OUT.onnx", help="Where to write. Default: IN.opt.onnx.")
-@click.option(
-    "--recipe", "-r", multiple=True, metavar="R", help="safe (default), fp16, int8, int4 or a YAML file; repeatable."
-)
-@click.option(
-    "--set", "settings", multiple=True, metavar="PASS.KEY=VALUE", help="A pass's parameter; PASS.enabled=false."
-)
-@click.option("--calibration", metavar="F.npz|DIR", help="Inputs of your own: an .npz, or a folder of them.")
-@click.option(
-    "--target",
-    default="onnxruntime",
-    metavar="T",
-    help="What the result is for: onnxruntime (default), onnx, tensorrt, tensorrt-rtx or a YAML file.",
-)
+@recipe_options
 @click.option("--report", metavar="R.json", help="Write the report here, too.")
 @click.option("--no-verify", is_flag=True, help="Check the structure only, not the numbers.")
 @click.option("--custom-ops", metavar="LIB", help="Shared library of ONNX Runtime custom operators.")

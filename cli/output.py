@@ -166,3 +166,28 @@ def common_options(function: _Function) -> _Function:
     """Add ``--json`` (passed as ``as_json``) and ``--verbose/-v`` (passed as ``verbose``) to a command."""
     function = click.option("--verbose", "-v", is_flag=True, help="Say more; show where an error arose.")(function)
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")(function)
+
+
+def recipe_options(function: _Function) -> _Function:
+    """Add what says which passes run: ``--recipe``, ``--set`` (as ``settings``), ``--calibration`` and ``--target``."""
+    for option in (
+        click.option(
+            "--target",
+            default="onnxruntime",
+            metavar="T",
+            help="What the result is for: onnxruntime (default), onnx, tensorrt, tensorrt-rtx or a YAML file.",
+        ),
+        click.option("--calibration", metavar="F.npz|DIR", help="Inputs of your own: an .npz, or a folder of them."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="PASS.KEY=VALUE", help="A pass's parameter; PASS.enabled=false."
+        ),
+        click.option(
+            "--recipe",
+            "-r",
+            multiple=True,
+            metavar="R",
+            help="safe (default), fp16, int8, int4 or a YAML file; repeatable.",
+        ),
+    ):
+        function = option(function)
+    return function

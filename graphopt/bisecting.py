@@ -13,8 +13,8 @@ import numpy as np
 
 from graphopt import gates
 from graphopt.attempts import Attempt, Plan, run_attempt
-from graphopt.cases import feed_source, read_feeds
-from graphopt.checking import run_file
+from graphopt.cases import read_feeds
+from graphopt.checking import reference_of, run_file
 from graphopt.errors import GraphoptError
 from graphopt.files import load_model, stage_model
 from graphopt.numerics.blas import single_threaded_blas
@@ -25,7 +25,7 @@ from graphopt.shapes import infer_shapes
 from graphopt.targets import load_target
 from graphopt.verification import runnable
 from graphopt.verification.tolerance import distance
-from graphopt.verification.whole import Reference, compare, make_reference, narrow_feeds, run_case, session_for
+from graphopt.verification.whole import Reference, compare, run_case, session_for
 
 
 @dataclass
@@ -97,7 +97,9 @@ def bisect(
         Path(custom_ops) if custom_ops is not None else None,
     )
     plan.make_passes()  # mistakes in recipes and settings come before anything runs
-    reference = reference_of(plan)
+    original = load_model(source)
+    infer_shapes(original)
+    reference = reference_of(plan, original)
     runs = 0
     modes: tuple[bool, ...] = (False, True)
 
@@ -174,24 +176,6 @@ def why_not_same(
         if plain is not None:
             return str(plain)
     return None
-
-
-def reference_of(plan: Plan) -> Reference:
-    """The original's results on the plan's cases."""
-    original = load_model(plan.source)
-    infer_shapes(original)
-    preparation = runnable.prepare(original, has_custom_ops=plan.custom_ops is not None)
-    session = session_for(original, custom_ops=plan.custom_ops)
-    given = feed_source(plan)(original, lambda case: run_case(session, narrow_feeds([case], preparation)[0]))
-    feeds = narrow_feeds(given, preparation)
-    return make_reference(
-        original,
-        feeds,
-        custom_ops=plan.custom_ops,
-        session=session,
-        preparation=preparation,
-        source=plan.source,
-    )
 
 
 def first_difference(plan: Plan, reference: Reference, attempt: Attempt) -> tuple[str | None, float]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 from graphopt.attempts import Attempt, Plan, run_attempt
 from graphopt.cases import feed_source
 from graphopt.errors import GateFailed
@@ -21,7 +23,7 @@ from graphopt.shapes import infer_shapes
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from graphopt.verification.replacements import Judgement, Span
+    from graphopt.verification.replacements import Span
     from graphopt.verification.whole import Reference
 
 # What a small model will need is begun early, side by side: its weights fit into memory several times.
@@ -84,11 +86,14 @@ def check(plan: Plan, attempt: Attempt, candidate: Path) -> Checked:
                 span.reason, where=str(plan.source), hint="no single rewrite is to blame; nothing was written"
             )
         return Checked(verification, {culprit.key: span.reason})
-    _describe_coverage(verification, plan, attempt, judgement)
+    verification.coverage = {
+        # What removes dead code replaces nothing: there is nothing to compare.
+        "applications": sum(1 for a in attempt.context.applications if a.outputs),
+        "checked_alone": judgement.checked,
+        **coverage_of(plan, reference),
+    }
     verification.seconds = time.perf_counter() - start
-    if verification.coverage["vacuous"] and len(verification.coverage["vacuous"]) == len(
-        judgement.reference.model.graph.outputs
-    ):
+    if says_nothing(verification.coverage):
         raise GateFailed(
             "verification is vacuous: every output is constant, or nowhere finite, on all inputs tried",
             where=str(plan.source),
@@ -222,12 +227,32 @@ def _culprit(plan: Plan, span: Span, attempt: Attempt) -> Application | None:
     return applications[high - 1]
 
 
-def _describe_coverage(verification: Verification, plan: Plan, attempt: Attempt, judgement: Judgement) -> None:
-    reference = judgement.reference
-    verification.coverage = {
-        # What removes dead code replaces nothing: there is nothing to compare.
-        "applications": sum(1 for a in attempt.context.applications if a.outputs),
-        "checked_alone": judgement.checked,
+def reference_of(plan: Plan, original: ir.Model) -> Reference:
+    """The original's results on the plan's cases.
+
+    Args:
+        plan: For the cases and the custom operator library.
+        original: Typed as far as inference gets; made runnable in place where it is not.
+    """
+    from graphopt.verification import runnable
+    from graphopt.verification.whole import make_reference, narrow_feeds, run_case, session_for
+
+    preparation = runnable.prepare(original, has_custom_ops=plan.custom_ops is not None)
+    session = session_for(original, custom_ops=plan.custom_ops)
+    given = feed_source(plan)(original, lambda case: run_case(session, narrow_feeds([case], preparation)[0]))
+    return make_reference(
+        original,
+        narrow_feeds(given, preparation),
+        custom_ops=plan.custom_ops,
+        session=session,
+        preparation=preparation,
+        source=plan.source,
+    )
+
+
+def coverage_of(plan: Plan, reference: Reference) -> dict[str, Any]:
+    """What the cases show of the model, and what they do not. After the last comparison: it settles the yardstick."""
+    return {
         "outputs": len(reference.model.graph.outputs),
         "vacuous": reference.vacuous(),
         "opaque": reference.preparation.opaque,
@@ -237,3 +262,8 @@ def _describe_coverage(verification: Verification, plan: Plan, attempt: Attempt,
         "twin": reference.preparation.twin,
         "feeds": "synthesised" if plan.feeds is None else "calibration",
     }
+
+
+def says_nothing(coverage: Mapping[str, Any]) -> bool:
+    """Whether no output shows anything."""
+    return bool(coverage["vacuous"]) and len(coverage["vacuous"]) == coverage["outputs"]

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graphopt import gates
 from graphopt.attempts import Plan
-from graphopt.cases import feed_source, read_feeds
-from graphopt.checking import check_whole
+from graphopt.cases import read_feeds
+from graphopt.checking import check_whole, coverage_of, reference_of, says_nothing
 from graphopt.errors import BadInput
 from graphopt.files import load_model
 from graphopt.numerics.blas import single_threaded_blas
 from graphopt.report import Verification
 from graphopt.shapes import infer_shapes
 from graphopt.targets import load_target
-from graphopt.verification import runnable
 from graphopt.verification.structure import Interface, Port, interface_of
-from graphopt.verification.whole import make_reference, narrow_feeds, run_case, session_for
 
 
 @dataclass
@@ -83,39 +81,15 @@ def verify(
         read_feeds(calibration, original),
         Path(custom_ops) if custom_ops is not None else None,
     )
-    preparation = runnable.prepare(original, has_custom_ops=plan.custom_ops is not None)
-    session = session_for(original, custom_ops=plan.custom_ops)
-
-    def run(case: Mapping[str, Any]) -> object:
-        return run_case(session, narrow_feeds([case], preparation)[0])
-
-    feeds = narrow_feeds(feed_source(plan)(original, run), preparation)
-    reference = make_reference(
-        original,
-        feeds,
-        custom_ops=plan.custom_ops,
-        session=session,
-        preparation=preparation,
-        source=plan.source,
-    )
+    reference = reference_of(plan, original)
     outcome = check_whole(plan, reference, Path(b), bitwise=bitwise, measure_only=bool(conditions))
     verification = outcome.verification
-    vacuous = reference.vacuous()
-    verification.coverage = {
-        "outputs": len(original.graph.outputs),
-        "vacuous": vacuous,
-        "opaque": preparation.opaque,
-        "unchecked": preparation.dropped,
-        "reference": reference.yardstick,
-        "random": reference.random,
-        "twin": preparation.twin,
-        "feeds": "synthesised" if calibration is None else "calibration",
-    }
+    verification.coverage = coverage_of(plan, reference)
     reason = outcome.reason or ""
     for condition in conditions:
         if condition.holds(verification):
             reason = reason or f"{condition.text} holds"
-    if not reason and vacuous and len(vacuous) == len(original.graph.outputs):
+    if not reason and says_nothing(verification.coverage):
         reason = "vacuous: every output is constant, or nowhere finite, on all inputs tried"
     verification.verdict = "failed" if reason else "passed"
     verification.seconds = time.perf_counter() - start
