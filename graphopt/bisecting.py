@@ -20,7 +20,7 @@ from graphopt.files import load_model, stage_model
 from graphopt.numerics.blas import single_threaded_blas
 from graphopt.recipes import load_recipes, passes_of
 from graphopt.report import Verification
-from graphopt.rewrite.context import Application
+from graphopt.rewrite.application import Application
 from graphopt.shapes import infer_shapes
 from graphopt.targets import load_target
 from graphopt.verification import runnable

@@ -16,7 +16,7 @@ from graphopt.cases import feed_source
 from graphopt.errors import GateFailed
 from graphopt.files import load_model, stage_model
 from graphopt.report import Verification
-from graphopt.rewrite.context import Application
+from graphopt.rewrite.application import Application
 from graphopt.rewrite.contract import Kind
 from graphopt.shapes import infer_shapes
 

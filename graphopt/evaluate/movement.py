@@ -172,9 +172,14 @@ def _gather_elements(op: Operation, xs: Inputs) -> list[Array]:
     if indices.ndim != x.ndim:
         raise Inexact
     # Not take_along_axis, which broadcasts: an index array that is shorter along another axis reads its beginning.
+    return [x[_places(indices, axis)]]
+
+
+def _places(indices: Array, axis: int) -> tuple[Array, ...]:
+    """Where each element of ``indices`` points: to its own place, but along ``axis``."""
     places: list[Array] = list(np.indices(indices.shape))
     places[axis] = indices
-    return [x[tuple(places)]]
+    return tuple(places)
 
 
 def _expand(op: Operation, xs: Inputs) -> list[Array]:
@@ -241,13 +246,12 @@ def _scatter_elements(op: Operation, xs: Inputs) -> list[Array]:
     indices = _indices(operand(xs, 1), x.shape[axis])
     if indices.shape != updates.shape:
         raise Inexact
-    places: list[Array] = list(np.indices(indices.shape))
-    places[axis] = indices
+    places = _places(indices, axis)
     flat = np.ravel_multi_index(tuple(p.reshape(-1) for p in places), x.shape) if indices.size else indices
     if np.unique(flat).size != indices.size:
         raise Inexact
     result = x.copy()
-    result[tuple(places)] = updates
+    result[places] = updates
     return [result]
 
 

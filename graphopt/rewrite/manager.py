@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from graphopt import graphs
 from graphopt.errors import GraphoptError
-from graphopt.rewrite.context import Checkpoint, Context
+from graphopt.rewrite.application import Checkpoint
+from graphopt.rewrite.context import Context
 from graphopt.rewrite.contract import Kind, Pass, Stage
 from graphopt.verification.structure import check_structure, interface_of, sort_if_needed
 

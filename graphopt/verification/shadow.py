@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.rewrite.context import Application, Checkpoint
+from graphopt.rewrite.application import Application, Checkpoint
 from graphopt.rewrite.contract import Kind
 from graphopt.verification.proofs import Proofs
 from graphopt.verification.structure import sort_if_needed
@@ -128,7 +128,7 @@ class Shadow:
         self._begin_anew(model)
 
     def checkpoint(self, model: ir.Model, reached: Checkpoint) -> None:
-        """Begin a new epoch where that is called for (see ``graphopt.rewrite.context.Observer``)."""
+        """Begin a new epoch where that is called for (see ``graphopt.rewrite.application.Observer``)."""
         current = self.epochs[-1]
         lossy = reached is Checkpoint.AFTER_LOSSY
         if self._applications == current.begins_at:
@@ -144,7 +144,7 @@ class Shadow:
     def replacing(
         self, application: Application, outputs: Mapping[ir.Value, ir.Value], nodes: Sequence[ir.Node]
     ) -> None:
-        """Mirror a replacement (see ``graphopt.rewrite.context.Observer``)."""
+        """Mirror a replacement (see ``graphopt.rewrite.application.Observer``)."""
         self._applications += 1
         self._bitwise = self._bitwise and application.kind is Kind.BITWISE
         if not outputs or application.kind is Kind.LOSSY:  # what is lossy is for the user's budget to judge

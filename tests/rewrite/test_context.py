@@ -11,7 +11,7 @@ import pytest
 
 from graphopt import graphs
 from graphopt.rewrite import Application, Context, Kind, Saves
-from graphopt.rewrite.context import Checkpoint
+from graphopt.rewrite.application import Checkpoint
 from graphopt.verification.structure import check_structure, interface_of
 from tests.rewrite import toys
 from tests.rewrite.toys import bypass, dangling, model, ops, producer, rule, running, swap, value

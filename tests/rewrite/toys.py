@@ -11,7 +11,7 @@ import pytest
 
 from graphopt import graphs
 from graphopt.rewrite import Context, Explanation, Kind, Pass, RulePass, Saves, Stage, discovery
-from graphopt.rewrite.context import Observer
+from graphopt.rewrite.application import Observer
 from graphopt.rewrite.manager import PassRecord, run_passes
 from graphopt.shapes import infer_shapes
 from graphopt.targets import load_target
