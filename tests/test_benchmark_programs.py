@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from benchmarks import corpus, mutations, scaling
+from benchmarks import corpus, faults, mutations, scaling
 from benchmarks.common import CommandFailed, measure
 from benchmarks.pool import Died, Pool
 from tests.models import RUNNABLE, many_small_nodes
@@ -102,16 +102,16 @@ def test_corpus_leaves_out_what_onnxruntime_gets_wrong(case: Any, tmp_path: Path
     assert (outcome.kind, outcome.tool) == ("differs", "")
 
 
-@pytest.mark.parametrize("kind", mutations.KINDS)
+@pytest.mark.parametrize("kind", faults.KINDS)
 def test_faults_change_the_file(kind: str, tmp_path: Path) -> None:
     found = 0
     for name in ("transformer_block", "opset_9", "if_on_shape"):
         path = tmp_path / f"{name}.onnx"
         ir.save(RUNNABLE[name](), path)
         original = ir.to_proto(ir.load(path)).SerializeToString(deterministic=True)
-        for number in range(len(list(mutations.KINDS[kind](mutations.load_inferred(path))))):
+        for number in range(len(list(faults.KINDS[kind](mutations.load_inferred(path))))):
             model = mutations.load_inferred(path)
-            fault = list(mutations.KINDS[kind](model))[number]()
+            fault = list(faults.KINDS[kind](model))[number]()
             assert fault
             assert ir.to_proto(model).SerializeToString(deterministic=True) != original
             found += 1
@@ -122,7 +122,7 @@ def test_a_fault_is_killed_and_a_harmless_one_set_aside(tmp_path: Path) -> None:
     path = tmp_path / "mlp.onnx"
     ir.save(RUNNABLE["mlp"](), path)
     outcomes = {}
-    for number in range(len(list(mutations.KINDS["drop node"](mutations.load_inferred(path))))):
+    for number in range(len(list(faults.KINDS["drop node"](mutations.load_inferred(path))))):
         mutant = mutations.run_site("drop node", (path, number), tmp_path / "mutant.onnx")
         assert mutant is not None
         outcomes[mutant.fault] = mutant.outcome
