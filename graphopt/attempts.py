@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from graphopt.rewrite.context import Context
 from graphopt.rewrite.contract import Kind, Pass
 from graphopt.rewrite.manager import PassRecord, run_passes
 from graphopt.shapes import infer_shapes
+from graphopt.store import Store
 from graphopt.targets import Target
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Plan:
         make_passes: Makes the passes anew: a pass may keep state while it runs.
         feeds: Calibration cases; None where there are none.
         custom_ops: A library of custom operators.
+        store: Results of long computations on weights, which every run of the passes asks for again.
     """
 
     source: Path
@@ -40,6 +42,7 @@ class Plan:
     make_passes: Callable[[], list[Pass]]
     feeds: Sequence[Mapping[str, Any]] | None = None
     custom_ops: Path | None = None
+    store: Store = field(default_factory=Store)
 
 
 @dataclass
@@ -94,6 +97,8 @@ def run_attempt(
         observers=[] if watching is None else [watching.shadow],
         limit=limit,
         feeds=plan.feeds,
+        store=plan.store,
+        say=progress,
     )
     passes = plan.make_passes()
     told = None if progress is None else (lambda name, seconds: progress(f"{name} ({seconds:.1f} s)"))

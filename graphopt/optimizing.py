@@ -27,6 +27,7 @@ from graphopt.report import ModelFacts, Report, Verification, environment, facts
 from graphopt.rewrite.contract import Kind
 from graphopt.rewrite.manager import PassRecord
 from graphopt.runtime.session import import_soon
+from graphopt.store import Store
 from graphopt.targets import load_target
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def optimize(
     evaluate: str | gates.Metric | None = None,
     minimum: float | None = None,
     fail_if: Sequence[str] = (),
+    work: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Rewrite a model, verify it, and write it.
@@ -66,6 +68,7 @@ def optimize(
         evaluate: The user's metric: ``MODULE:FN`` or a function, FN(run) -> float.
         minimum: The least value of that metric.
         fail_if: Conditions such as ``cosine<0.999`` under which nothing is written.
+        work: A folder for results of long computations on weights: a run that was interrupted goes on from there.
         progress: Told in words what is being done.
 
     Returns:
@@ -100,6 +103,7 @@ def optimize(
         lambda: passes_of(recipes, settings),
         feeds,
         Path(custom_ops) if custom_ops is not None else None,
+        Store(Path(work) if work is not None else None),
     )
     _require_budget(plan, verify=verify, has_budget=bool(conditions) or minimum is not None)
 

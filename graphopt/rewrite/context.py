@@ -12,6 +12,7 @@ from graphopt import graphs
 from graphopt.rewrite.application import Application, Checkpoint, Observer
 from graphopt.rewrite.contract import Pass, Saves
 from graphopt.shapes import inherit_trust
+from graphopt.store import Store
 from graphopt.targets import Target
 
 NEAR_MISSES_KEPT = 50
@@ -26,6 +27,8 @@ class Context:
         skip: Keys of applications not to make: those that a check has refused.
         observers: Told of every replacement before it happens.
         feeds: Calibration data for passes that need some; None where the user gave none.
+        store: For results of long computations on weights.
+        say: Told in words how far a long computation is.
     """
 
     def __init__(
@@ -37,10 +40,14 @@ class Context:
         observers: Sequence[Observer] = (),
         limit: int | None = None,
         feeds: Sequence[Mapping[str, np.ndarray]] | None = None,
+        store: Store | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.model = model
         self.target = target
         self.feeds = feeds
+        self.store = Store() if store is None else store
+        self.say: Callable[[str], None] = say or (lambda text: None)
         self.skip = frozenset(skip)
         self.limit = limit
         self.observers = list(observers)

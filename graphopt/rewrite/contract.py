@@ -139,6 +139,11 @@ class Pass(ABC):
     def __init__(self, parameters: Mapping[str, object] | None = None) -> None:
         self.parameters = None if self.Parameters is None else self.Parameters.model_validate(parameters or {})
 
+    @property
+    def asked(self) -> bool:
+        """Whether the parameters ask for anything. A recipe can name a pass that waits for the user's budget."""
+        return True
+
     @abstractmethod
     def apply(self, ctx: Context) -> None:
         """Rewrite ``ctx.model`` in place, through ``ctx``."""

@@ -24,7 +24,7 @@ class CostProfile(BaseModel):
     Attributes:
         node: Launching one operator.
         gigaflops: Billions of multiply-adds a second in a matrix product.
-        gigabytes: Billions of bytes a second through an elementwise operator.
+        gigabytes: Billions of bytes a second through an elementwise operator, and of weights.
         control_flow: Entering a body of If, Loop or Scan.
         free: Operators that cost nothing, since the backend removes them or returns a view.
         dimension: The size that stands for an axis whose size is not known.
@@ -143,7 +143,10 @@ class Target(BaseModel):
         )
         total = self.costs.node + moved / (self.costs.gigabytes * 1e3)
         if node.op_type in _PRODUCTS:
-            total += self._multiply_adds(node) / (self.costs.gigaflops * 1e3)
+            # With few rows it takes longer to read the weights than to multiply by them.
+            weights = sum(self._bytes(v) for v in node.inputs if v is not None and _is_constant(v))
+            arithmetic = self._multiply_adds(node) / (self.costs.gigaflops * 1e3)
+            total += max(arithmetic, weights / (self.costs.gigabytes * 1e3))
         for attribute in node.attributes.values():
             if attribute.type is ir.AttributeType.GRAPH:
                 # One branch of an If runs, not both: half of what stands there is a fair guess.

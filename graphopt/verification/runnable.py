@@ -59,7 +59,7 @@ def prepare(model: ir.Model, *, has_custom_ops: bool = False) -> Preparation:
     done = Preparation()
     if not has_custom_ops:
         _cut_opaque(model, done)
-    if _needs_twin(model):
+    if needs_twin(model):
         float32_twin(model)
         done.twin = True
     return done
@@ -99,7 +99,7 @@ def is_known(node: ir.Node, model: ir.Model) -> bool:
     return (domain, node.op_type) in _kernels()
 
 
-def _needs_twin(model: ir.Model) -> bool:
+def needs_twin(model: ir.Model) -> bool:
     """Whether some node takes or gives a narrow float for which its operator has no CPU kernel."""
     for node in graphs.all_nodes(model):
         if node.domain:

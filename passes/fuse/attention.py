@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.passes.fuse._match import (
+from graphopt.matching import (
     import_domain,
     int_attribute,
     made_by,
@@ -16,9 +16,9 @@ from graphopt.passes.fuse._match import (
     scalar_beside,
     split_scalar,
 )
-from graphopt.passes.fuse._sizes import Sizes, reshape_of
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 from graphopt.shape_values import Element
+from graphopt.sizes import Sizes, reshape_of
 
 _BIAS = 1 << 20
 
@@ -127,7 +127,7 @@ class FuseAttention(RulePass):
         owner = node.graph
         if not ctx.replace({merged: nodes[-1].outputs[0]}, nodes, rule="multi-head-attention"):
             return False
-        import_domain(ctx, owner, "com.microsoft")
+        import_domain(ctx.model, owner, "com.microsoft")
         return True
 
 

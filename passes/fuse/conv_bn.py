@@ -10,15 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.numerics.affine import (
-    Float64,
-    all_finite,
-    batch_norm_affine,
-    fold_bias,
-    scale_axis,
-    scale_transposed_conv,
-)
-from graphopt.passes.fuse._match import (
+from graphopt.matching import (
     FLOATS,
     LAZY_BYTES,
     float_attribute,
@@ -26,6 +18,14 @@ from graphopt.passes.fuse._match import (
     made_by,
     rank_of,
     used_once,
+)
+from graphopt.numerics.affine import (
+    Float64,
+    all_finite,
+    batch_norm_affine,
+    fold_bias,
+    scale_axis,
+    scale_transposed_conv,
 )
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 

@@ -7,7 +7,7 @@ import math
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.passes.fuse._match import close, import_domain, made_by, split_scalar, used_once
+from graphopt.matching import close, import_domain, made_by, split_scalar, used_once
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 
 Polynomial = dict[int, float]
@@ -87,7 +87,7 @@ class FuseGelu(RulePass):
         owner = node.graph
         if not ctx.replace({root: contrib.outputs[0]}, [contrib], rule=node.op_type.lower()):
             return False
-        import_domain(ctx, owner, "com.microsoft")
+        import_domain(ctx.model, owner, "com.microsoft")
         return True
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.passes.fuse._match import (
+from graphopt.matching import (
     FLOATS,
     holds,
     made_by,

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.matching import FLOATS, float_attribute, int_attribute, made_by, permutation, rank_of, used_once
 from graphopt.numerics.affine import all_finite
-from graphopt.passes.fuse._match import FLOATS, float_attribute, int_attribute, made_by, permutation, rank_of, used_once
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 from graphopt.shapes import trusted_shape
 

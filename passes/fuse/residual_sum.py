@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphopt.passes.fuse._match import INVENTED, made_by, rank_of, used_once
+from graphopt.matching import INVENTED, made_by, rank_of, used_once
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 
 _TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE})

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.numerics import half
-from graphopt.passes.quant.weights import read
+from graphopt.weights import read
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 

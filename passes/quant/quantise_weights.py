@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from graphopt import graphs
 from graphopt.numerics import quantise
-from graphopt.passes.quant.weights import computed, read
 from graphopt.rewrite import Context, Explanation, Kind, Pass, Saves, Stage
+from graphopt.weights import computed, read
 
 ROOTS = ("MatMul", "Gemm", "Conv")
 CODES = {

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from graphopt import graphs
 from graphopt.numerics import half
 from graphopt.passes.quant.float16_plan import EITHER, FLOAT, HALF, KEPT, Plan, signature_of
-from graphopt.passes.quant.weights import computed, read
 from graphopt.rewrite import Context, Explanation, Kind, Stage
 from graphopt.rewrite.contract import ForeignPass
 from graphopt.shapes import infer_shapes
+from graphopt.weights import computed, read
 
 
 class Parameters(BaseModel):

@@ -70,7 +70,8 @@ class G:
 
     def model(self, functions: Sequence[onnx.FunctionProto] = ()) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.initializers, value_info=self.infos)
-        imports = [helper.make_opsetid("", self.opset), *{helper.make_opsetid(f.domain, 1) for f in functions}]
+        domains = {function.domain for function in functions}
+        imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
         model = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=list(functions))
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
         for declared, found in zip(model.graph.output, inferred.graph.output, strict=True):

@@ -12,12 +12,17 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.passes.fuse._match import INVENTED, int_attribute, made_by, permutation
+from graphopt.matching import INVENTED, int_attribute, made_by, permutation
 from graphopt.shape_values import Element, Elements, Expression, ShapeValues
 from graphopt.shapes import trusted_shape
 
 _SAME_SHAPE = frozenset(
-    {"Cast", "Identity", "LayerNormalization", "Softmax", "Relu", "Sqrt", "Erf", "Tanh", "Gelu", "IsNaN", "Not", "Neg"}
+    {
+        *("Cast", "Identity", "LayerNormalization", "Softmax", "Relu", "Sqrt", "Erf", "Tanh", "Gelu", "IsNaN", "Not"),
+        *("Neg", "Sigmoid", "Exp", "Log", "Abs", "Reciprocal", "LeakyRelu", "Elu", "HardSwish", "HardSigmoid", "Swish"),
+        *("Clip", "Softplus", "Sin", "Cos", "LogSoftmax", "RMSNormalization", "GroupNormalization", "Dropout"),
+        *("InstanceNormalization", "BatchNormalization"),
+    }
 )
 _BROADCAST = frozenset(
     {
@@ -65,9 +70,7 @@ class Sizes(ShapeValues):
         if node.op_type == "Reshape":
             wanted = self.numbers(node.inputs[1])
             return None if wanted is None else len(wanted)
-        if node.op_type == "Transpose":
-            return self.rank(node.inputs[0])
-        if node.op_type in _SAME_SHAPE:
+        if node.op_type in _SAME_SHAPE or node.op_type in ("Transpose", "Conv", "ConvTranspose"):
             return self.rank(node.inputs[0])
         if node.op_type in _BROADCAST or node.op_type == "MatMul":
             ranks = [self.rank(v) for v in node.inputs]
@@ -151,11 +154,16 @@ class Sizes(ShapeValues):
             return self._broadcast(node.inputs, axis, rank)
         if op == "MatMul":
             return self._product(node, axis, rank)
+        if op in ("Conv", "ConvTranspose") and axis < 2:
+            return self.size(source, 0) if axis == 0 else self._channels(node)
         if op == "Transpose" and (perm := permutation(node)) is not None:
             return self.size(source, perm[axis])
         if op == "Reshape":
-            sizes = self.reshaped(node)
-            return None if sizes is None else sizes[axis]
+            sizes, wanted = self.reshaped(node), self.numbers(node.inputs[1])
+            if sizes is not None:
+                return sizes[axis]
+            # What is asked for is given, whatever becomes of the other axes.
+            return None if wanted is None or wanted[axis] in (None, 0, -1) else wanted[axis]
         if op == "Unsqueeze":
             return self._unsqueezed(node, source, axis, rank)
         if op == "Concat":
@@ -180,6 +188,17 @@ class Sizes(ShapeValues):
         if op == "Slice":
             return self._sliced(node, source, axis)
         return None
+
+    def _channels(self, node: ir.Node) -> Element | None:
+        """How many channels a convolution makes."""
+        weight, groups = node.inputs[1], int_attribute(node, "group", 1)
+        known = self.rank(weight)
+        if weight is None or groups is None or known is None or known < 2:
+            return None
+        if node.op_type == "Conv":
+            return self.size(weight, 0)
+        channels = self.size(weight, 1)
+        return channels * groups if isinstance(channels, int) else None
 
     def _product(self, node: ir.Node, axis: int, rank: int) -> Element | None:
         left, right = node.inputs[:2]

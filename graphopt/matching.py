@@ -1,4 +1,4 @@
-"""What the fusions ask about a graph: who made a value, is it a certain number, may it be folded away."""
+"""What rewrites ask about a graph: who made a value, is it a certain number, may it be folded away."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.rewrite import Context
 from graphopt.shapes import trusted_shape
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
@@ -140,12 +139,12 @@ def suffix_axes(node: ir.Node, rank: int | None) -> int | None:
     return len(axes) if sorted(axes) == list(range(-len(axes), 0)) else None
 
 
-def import_domain(ctx: Context, graph: ir.Graph | ir.Function | None, domain: str) -> None:
+def import_domain(model: ir.Model, graph: ir.Graph | ir.Function | None, domain: str) -> None:
     """Make the model, or the function that holds a graph, import version 1 of an operator domain."""
-    for function in ctx.model.functions.values():
+    for function in model.functions.values():
         if any(graph is inner for inner in graphs.nested_graphs(function.graph)):
             function.opset_imports.setdefault(domain, 1)
-    ctx.model.graph.opset_imports.setdefault(domain, 1)
+    model.graph.opset_imports.setdefault(domain, 1)
 
 
 def holds(array: np.ndarray, dtype: ir.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""What the passes here share: reading one weight at a time, and making one that is computed when it is saved."""
+"""Weights one at a time: reading one without keeping it, and making one that is computed when it is saved."""
 
 from __future__ import annotations
 
