@@ -11,6 +11,7 @@ import click
 from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
 
 if TYPE_CHECKING:
+    from graphopt.channels import ClassSummary
     from graphopt.inspection import Axes, ControlFlow, Inspection, WeightValues
 
 # Rows of a table that has no natural end; --verbose shows them all.
@@ -20,8 +21,9 @@ TOP = 12
 @click.command("inspect", context_settings=HELP)
 @click.argument("model", metavar="IN")
 @click.option("--weights", "scan", is_flag=True, help="Read every weight and say what its values are like.")
+@click.option("--channels", is_flag=True, help="Say which channels can be permuted, scaled or rotated together.")
 @common_options
-def command(model: str, scan: bool, as_json: bool, verbose: bool) -> None:
+def command(model: str, scan: bool, channels: bool, as_json: bool, verbose: bool) -> None:
     """Show what is in a model: ops, weights, axes, control flow, custom ops.
 
     Weights are not read, however large, unless --weights asks for it.
@@ -37,10 +39,17 @@ def command(model: str, scan: bool, as_json: bool, verbose: bool) -> None:
         with progress("reading weights", len(found.weights), enabled=not as_json) as advance:
             values = scan_weights(loaded, lambda name: advance(1, name[-40:]))
         found = dataclasses.replace(found, values=values)
+    classes = None
+    if channels:
+        from graphopt.channels import summarise
+
+        classes = summarise(loaded)
     if as_json:
-        print_json(found)
-    else:
-        _show(found, None if verbose else TOP)
+        print_json(found if classes is None else {**found.to_json(), "channels": classes})
+        return
+    _show(found, None if verbose else TOP)
+    for group, summaries in (classes or {}).items():
+        _show_classes(group, summaries, None if verbose else TOP)
 
 
 def _show(found: Inspection, top: int | None) -> None:
@@ -148,6 +157,24 @@ def _show_values(values: Sequence[WeightValues], top: int | None) -> None:
     ]
     columns = ("weight", "type", "shape", ("min", "right"), ("max", "right"), ("zeros", "right"), "remarks")
     console().print(table(columns, _cut(rows, top, "weights")))
+
+
+def _show_classes(group: str, classes: Sequence[ClassSummary], top: int | None) -> None:
+    """The channel classes of a group, those that many weights have first among the free and among the pinned."""
+    rows = [
+        (
+            " ".join(_elide(name, 30) for name in (one.weights[0], *one.weights[1:][-1:])),
+            f"{one.size:,}",
+            f"{len(one.weights):,}",
+            f"{one.values:,}",
+            "; ".join(_elide(reason, 60) for reason in one.pinned[:2]) or "free",
+        )
+        for one in sorted(classes, key=lambda one: (bool(one.pinned), -len(one.weights)))
+    ]
+    columns = ("first and last weight", ("channels", "right"), ("weights", "right"), ("values", "right"), "pinned by")
+    out = console()
+    out.print()
+    out.print(table(columns, _cut(rows, top, "classes"), title=f"channel classes: {group}"))
 
 
 def _remarks(value: WeightValues) -> Iterator[str]:

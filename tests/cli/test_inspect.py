@@ -144,7 +144,7 @@ def test_external_data_is_listed_and_not_mapped(tmp_path: Path, capsys: pytest.C
     assert len(inspect(path, weights=True).values or ()) == 2
 
 
-@pytest.mark.parametrize("options", [[], ["--weights"], ["--verbose"], ["--weights", "-v"]])
+@pytest.mark.parametrize("options", [[], ["--weights"], ["--verbose"], ["--weights", "-v"], ["--channels"]])
 def test_the_tables_fit_100_columns_and_name_everything(
     nested: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
@@ -159,7 +159,7 @@ def test_the_tables_fit_100_columns_and_name_everything(
 def test_long_names_fit_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "a_very_long_module_path." * 12 + "weight"
     path = sources.write(sources.model([sources.tensor(name, "FLOAT", (10, 1000))]), tmp_path / "m.onnx")
-    for options in ([], ["--weights"]):
+    for options in ([], ["--weights"], ["--channels"]):
         assert main(["inspect", str(path), *options]) == 0
         assert max(len(line.rstrip()) for line in capsys.readouterr().out.splitlines()) <= 100
 
@@ -252,3 +252,43 @@ def test_a_scan_covers_external_weights_and_leaves_strings_out(tmp_path: Path) -
     assert (values["w"].min, values["w"].max) == (expected.min(), expected.max())
     weight = model.graph.initializers["w"].const_value
     assert weight is not None and weight.tobytes() == expected.tobytes()  # still readable after its pages were dropped
+
+
+@pytest.fixture
+def gated(tmp_path: Path) -> Path:
+    """silu(x Wg) * (x Wu) Wd: the hidden channels can be permuted together, and those of Wu and Wd scaled."""
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n,4] x) => (float[n,4] y) {
+        g = MatMul(x, wg) s = Sigmoid(g) a = Mul(g, s) u = MatMul(x, wu) h = Mul(a, u) y = MatMul(h, wd) }"""
+    proto = onnx.parser.parse_model(text)
+    for name, shape in (("wg", (4, 6)), ("wu", (4, 6)), ("wd", (6, 4))):
+        proto.graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+    path = tmp_path / "gated.onnx"
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def test_channels_as_json(gated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, str(gated), "--channels")["channels"]
+    assert list(found) == ["permutation", "scale", "orthogonal", "linear"]
+    assert found["permutation"][0] == {
+        "size": 6,
+        "weights": ["wg[1]", "wu[1]", "wd[0]"],
+        "values": 5,
+        "pinned": [],
+    }
+    assert [one["weights"] for one in found["scale"] if not one["pinned"]] == [["wu[1]", "wd[0]"]]
+    assert [one for one in found["linear"] if not one["pinned"]] == []
+    reasons = {why for one in found["permutation"] for why in one["pinned"]}
+    assert reasons == {"graph input 'x'", "graph output 'y'"}
+    assert "channels" not in as_json(capsys, str(gated))
+
+
+def test_channels_as_tables(gated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(gated), "--channels"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("wg[1] wd[0]"))
+    assert row.split() == ["wg[1]", "wd[0]", "6", "3", "5", "free"]
+    for group in ("permutation", "scale", "orthogonal", "linear"):
+        assert f"channel classes: {group}" in out
+    assert "graph input 'x'" in out
