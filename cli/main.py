@@ -15,6 +15,7 @@ from graphopt.errors import GraphoptError
 COMMANDS: dict[str, tuple[str, str]] = {
     "optimize": ("graphopt.cli.optimize", "Rewrite a model, verify it, write it."),
     "export": ("graphopt.cli.export", "Export a torch module to ONNX and compare the two."),
+    "import": ("graphopt.cli.import_", "Write the factors of a checkpoint into the graph of its network."),
     "verify": ("graphopt.cli.verify", "Compare what two models compute."),
     "bench": ("graphopt.cli.bench", "Time models against each other."),
     "inspect": ("graphopt.cli.inspect", "Show what is in a model."),

@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from graphopt.bisecting import bisect
     from graphopt.engines import build_engine as build
     from graphopt.exporting import export
+    from graphopt.importing import import_factors
     from graphopt.inspection import inspect
     from graphopt.optimizing import optimize
     from graphopt.runtime import load
     from graphopt.verifying import verify
 
-__all__ = ["bench", "bisect", "build", "export", "inspect", "load", "optimize", "verify"]
+__all__ = ["bench", "bisect", "build", "export", "import_factors", "inspect", "load", "optimize", "verify"]
 
 _HOMES = {
     "bench": ("graphopt.benchmarking", "bench"),
     "bisect": ("graphopt.bisecting", "bisect"),
     "build": ("graphopt.engines", "build_engine"),
     "export": ("graphopt.exporting", "export"),
+    "import_factors": ("graphopt.importing", "import_factors"),
     "inspect": ("graphopt.inspection", "inspect"),
     "load": ("graphopt.runtime", "load"),
     "optimize": ("graphopt.optimizing", "optimize"),
