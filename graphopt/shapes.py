@@ -80,11 +80,22 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model as a proto with the content of small constants only, and without declared inner shapes."""
     proto = onnx.ModelProto(ir_version=10)
     for domain, version in model.opset_imports.items():
-        proto.opset_import.add(domain=domain, version=version)
+        proto.opset_import.add(domain=domain, version=_inferred_as(model, domain, version))
     _write_graph(proto.graph, model.graph, main=True)
     for function in model.functions.values():
         proto.functions.append(ir.to_proto(function))
     return proto
+
+
+def _inferred_as(model: ir.Model, domain: str, version: int) -> int:
+    """The opset whose inference is used: of 13 that of 14, which can tell what a Reshape to computed sizes gives.
+
+    In between only BatchNormalization changed what its outputs are, where it has more than one.
+    """
+    if (domain, version) != ("", 13):
+        return version
+    trains = any(node.op_type == "BatchNormalization" and len(node.outputs) > 1 for node in graphs.all_nodes(model))
+    return 13 if trains else 14
 
 
 def _write_graph(proto: onnx.GraphProto, graph: ir.Graph, *, main: bool) -> None:

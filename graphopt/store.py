@@ -12,6 +12,7 @@ import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import xxhash
 
 from graphopt import weights
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.numerics.blas import single_threaded_blas
 
 Array = npt.NDArray[Any]
 Arrays = Mapping[str, Array]
 
-_IN_MEMORY = 128 << 20
+_IN_MEMORY = 64 << 20
 _VERSION = "1"  # of what the computations give: another one makes old results unfindable
 _USER_DEFINED = 2  # numpy's mark of a dtype that a library adds: its files cannot name those of ml_dtypes
 _CODES = {1: np.uint8, 2: np.uint16}
@@ -64,7 +66,8 @@ class Store:
         path = None if self._folder is None else self._folder / f"{key}.npz"
         found = None if path is None else _load(path)
         if found is None:
-            found = compute()
+            with _one_thread():
+                found = compute()
             if path is not None:
                 _save(path, found)
         self._hold(key, found)
@@ -129,6 +132,17 @@ def _raw(array: Array) -> memoryview:
 
 def _bytes(arrays: Arrays) -> int:
     return sum(array.nbytes for array in arrays.values())
+
+
+def _one_thread() -> AbstractContextManager[None]:
+    """One thread for matrix products: the result then is the same on any number of cores.
+
+    It costs little. Most of these products are narrow, and threads that wait for a core that something else is using
+    take ten times as long over them as one thread.
+    """
+    import scipy.linalg  # noqa: F401 - it has a BLAS of its own, and only what is loaded can be told
+
+    return single_threaded_blas()
 
 
 def _temporary(owner: Store) -> Path:

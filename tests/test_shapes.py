@@ -103,3 +103,22 @@ def test_model_that_cannot_be_inferred_is_left_usable() -> None:
     model = ir.from_proto(onnx.parser.parse_model(text))
     infer_shapes(model)
     assert model.graph[0].outputs[0].shape is None
+
+
+def test_a_reshape_to_computed_sizes_in_opset_13() -> None:
+    """onnx's inference of that opset knows nothing behind it; that of the next one does."""
+    model = ir.from_onnx_text("""
+    <ir_version: 8, opset_import: ["" : 13]>
+    g (float[batch, seq, 8] x) => (float[a, b, c, d] y)
+    <int64[1] first = {0}, int64[1] second = {1}, int64[2] heads = {2, 4}> {
+      shape = Shape(x)
+      n = Gather(shape, first)
+      m = Gather(shape, second)
+      wanted = Concat<axis = 0>(n, m, heads)
+      y = Reshape(x, wanted)
+    }
+    """)
+    infer_shapes(model)
+    shape = trusted_shape(model.graph.outputs[0])
+    assert shape is not None
+    assert [str(axis) for axis in shape] == ["batch", "seq", "2", "4"]

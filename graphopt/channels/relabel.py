@@ -129,6 +129,8 @@ def is_current(cls: ChannelClass) -> bool:
     """Whether what a class labels is still in the model: a rewrite that touched its region has left old values."""
     for value in dict.fromkeys(slot.value for slot in cls.slots):
         producer = value.producer()
+        if producer is None and not (value.is_graph_input() or value.is_initializer()):
+            return False  # a constant that went when its last reader went
         if (producer is not None and producer.graph is None) or (graphs.is_constant(value) and not value.uses()):
             return False
     return True
@@ -222,6 +224,7 @@ class _Clone:
             copy.attributes[attribute.name] = attribute
         if node.overload:
             copy.overload = node.overload
+        copy.metadata_props.update(node.metadata_props)  # what passes noted holds for the clone
         self.nodes.append(copy)
         self._new.update(zip(node.outputs, copy.outputs, strict=True))
 

@@ -113,6 +113,18 @@ def test_an_old_class_is_noticed() -> None:
     assert "has changed" in next(iter(ctx.near_misses["nothing"].values()))
 
 
+def test_an_old_class_is_noticed_by_its_constants() -> None:
+    """The class before the one that was relabelled: all its values are as they were, but one reader has new columns."""
+    model = network("(float[n,8] x) => (float[n,6] y) { a = MatMul(x, w1) b = MatMul(a, w2) y = MatMul(b, w3) }",
+                    w1=(8, 4), w2=(4, 5), w3=(5, 6))  # fmt: skip
+    ctx = context(model)
+    before = class_of(model, "a")
+    assert relabel(ctx, class_of(model, "b"), np.arange(5)[::-1], rule="r", certain=True)
+    assert not is_current(before)
+    assert not relabel(ctx, before, np.arange(4)[::-1], rule="r", certain=True)
+    assert "has changed" in next(iter(ctx.near_misses["nothing"].values()))
+
+
 def test_an_old_node_or_value_of_an_override_is_noticed() -> None:
     """Behind the first class lies a second one, still as it was; an override for it has old things in its hands."""
     model = network(
