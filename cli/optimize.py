@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--evaluate", metavar="MODULE:FN", help="Your metric: FN(run) -> float, run(feeds) -> outputs.")
 @click.option("--min", "minimum", type=float, metavar="X", help="Least value of that metric.")
 @click.option("--fail-if", multiple=True, metavar="COND", help="Write nothing if it holds: 'cosine<0.999'; repeatable.")
+@click.option("--work", metavar="DIR", help="Keep long computations on weights here; an interrupted run goes on.")
 @common_options
 def command(
     model: str,
@@ -50,6 +51,7 @@ def command(
     evaluate: str | None,
     minimum: float | None,
     fail_if: tuple[str, ...],
+    work: str | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
@@ -77,6 +79,7 @@ def command(
             evaluate=evaluate,
             minimum=minimum,
             fail_if=fail_if,
+            work=work,
             progress=lambda text: advance(1, text),
         )
     if report is not None:

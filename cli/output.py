@@ -186,7 +186,7 @@ def recipe_options(function: _Function) -> _Function:
             "-r",
             multiple=True,
             metavar="R",
-            help="safe (default), fp16, int8, int4 or a YAML file; repeatable.",
+            help="safe (default), fp16, int8, int4, lowrank or a YAML file; repeatable.",
         ),
     ):
         function = option(function)

@@ -105,7 +105,8 @@ def passes_of(recipes: Sequence[Recipe], settings: Sequence[str] = ()) -> list[P
     Args:
         recipes: In the order given by the user.
         settings: ``PASS.KEY=VALUE``; the value is read as YAML. ``PASS.enabled=false`` leaves a pass out, and a pass
-            that no recipe names is added. PASS is a name as a recipe writes it, with its label if it has one.
+            that no recipe names is added; one whose parameters ask for nothing is left out. PASS is a name as a
+            recipe writes it, with its label if it has one.
 
     Raises:
         BadInput: An unknown pass or parameter, a value of the wrong type, a pass that one recipe names twice, or a
@@ -126,7 +127,8 @@ def passes_of(recipes: Sequence[Recipe], settings: Sequence[str] = ()) -> list[P
         name, key, value = _parse(setting)
         steps.setdefault(name, {})[key] = value
         origin[name] = f"--set {setting}"
-    return [_make(name, values, origin[name]) for name, values in steps.items() if values.pop("enabled", True)]
+    made = (_make(name, values, origin[name]) for name, values in steps.items() if values.pop("enabled", True))
+    return [step for step in made if step.asked]
 
 
 def _parse(setting: str) -> tuple[str, str, Any]:

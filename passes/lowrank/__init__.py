@@ -1,0 +1,1 @@
+"""Passes for low-rank networks: factors found, chosen, merged and pivoted, permutations and scales folded."""

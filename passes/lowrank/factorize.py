@@ -1,0 +1,343 @@
+"""``factorize``: dense weights become two factors, within a budget for the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field
+
+from graphopt.channels import Channels, Group, channel_classes
+from graphopt.errors import BadInput
+from graphopt.moments import Moments, Relay, moments, tap_of
+from graphopt.numerics import budget
+from graphopt.numerics.low_rank import (
+    Factors,
+    Form,
+    elements,
+    rank_at_density,
+    weighted_truncated_svd,
+)
+from graphopt.numerics.reconstruct import reconstruct
+from graphopt.passes.lowrank.dense import DenseWeight, dense_weights
+from graphopt.passes.lowrank.hidden import FORM
+from graphopt.passes.lowrank.sensitivity import sensitivities
+from graphopt.rewrite import Context, Explanation, Kind, Pass, Stage
+from graphopt.sites import Linear
+from graphopt.store import Arrays, digest
+
+Array = npt.NDArray[Any]
+
+
+class Parameters(BaseModel):
+    """How far, and how. Without ``density``, ``energy`` or ``rank`` the pass does nothing.
+
+    Attributes:
+        density: The fraction of the linear weights' elements that is kept, over the whole model.
+        energy: Of each weight, the fraction of its squared singular values that is kept.
+        rank: Of each weight, the rank.
+        method: svd: the best factors of the weight; weighted: the best for the inputs that the data show; m: those,
+            and then fitted again to what the model computes with the earlier weights already factorised.
+        form: What a rank is to be stored as, when elements are counted: factors, pivot, or auto, which is pivot where
+            a class of channels can take the permutation.
+        ranks: For a density. sensitivity: each weight's rank by what its error does to the outputs, as measured;
+            uniform: every weight at the same density.
+        mix: Of m: the share of the original's activations in what the factors are fitted to.
+        steps: Of m: how often one of the two factors is fitted.
+        skip: Patterns of names of weights to leave alone.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    density: float | None = Field(default=None, gt=0, le=1)
+    energy: float | None = Field(default=None, gt=0, le=1)
+    rank: int | None = Field(default=None, ge=1)
+    method: Literal["svd", "weighted", "m"] = "m"
+    form: Literal["auto", "factors", "pivot"] = "auto"
+    ranks: Literal["sensitivity", "uniform"] = "sensitivity"
+    mix: float = Field(default=0.25, ge=0, le=1)
+    steps: int = Field(default=2, ge=1, le=16)
+    skip: list[str] = Field(default_factory=list)
+
+
+Settings = Parameters  # its name means the class attribute within the pass
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A weight, the form that its rank is counted in, and the key of its best factors."""
+
+    weight: DenseWeight
+    form: Form
+    key: str
+
+
+class Factorize(Pass):
+    """Replaces dense weights by two factors of a lower rank, within a budget for the whole model."""
+
+    name = "factorize"
+    kind = Kind.LOSSY
+    stage = Stage.FACTORIZE
+    explanation = Explanation(
+        matches="MatMul, Gemm and Conv with a constant weight of at least 48 x 48, also one that several products "
+        "read: W x becomes U (V x), a k x k convolution a k x k one to fewer channels and a 1 x 1 one",
+        refuses="tables; quantised weights; weights that something else reads (a tied embedding); products in bodies; "
+        "what skip names; a weight whose factors would hold more elements than it does",
+        costs="a singular value decomposition of each weight; with data, runs of the model: one for the second "
+        "moments, one for each weight on four samples for the sensitivities; m one more, whose values "
+        "lie on disk. --work keeps what was done",
+        source="SVD-LLM (Wang et al. 2024); MPIFA (Zhao et al., ICML 2025); WeLore (Jaiswal et al. 2024) for ranks "
+        "that differ",
+    )
+    Parameters: ClassVar[type[BaseModel] | None] = Parameters
+
+    def __init__(self, parameters: dict[str, object] | None = None) -> None:
+        super().__init__(parameters)
+        self._done = False
+
+    @property
+    def settings(self) -> Settings:
+        """The parameters."""
+        assert isinstance(self.parameters, Settings)
+        return self.parameters
+
+    @property
+    def asked(self) -> bool:
+        return any(value is not None for value in (self.settings.density, self.settings.energy, self.settings.rank))
+
+    def apply(self, ctx: Context) -> None:
+        if self._done or not self.asked:
+            return
+        self._done = True  # what is dense after it was left dense on purpose
+        settings = self.settings
+        if sum(value is not None for value in (settings.density, settings.energy, settings.rank)) > 1:
+            raise BadInput("give one of density, energy and rank", where=f"pass {self.name}")
+        if settings.method != "svd" and not ctx.feeds:
+            raise BadInput(
+                f"the method {settings.method} looks at data", where=f"pass {self.name}", hint="give --calibration"
+            )
+        weights = dense_weights(ctx, settings.skip)
+        if not weights:
+            return
+        candidates = self._decompose(ctx, weights)
+        ranks = self._ranks(ctx, candidates)
+        chosen = [(c, rank) for c, rank in zip(candidates, ranks, strict=True) if rank is not None]
+        for candidate, factors in self._factors(ctx, chosen):
+            _write(ctx, candidate, factors)
+
+    # -- the best factors of each weight ---------------------------------------------------------------------------
+
+    def _decompose(self, ctx: Context, weights: Sequence[DenseWeight]) -> list[_Candidate]:
+        """Put the best factors of each weight at the largest rank of interest into the store, with its spectrum."""
+        settings = self.settings
+        channels = channel_classes(ctx.model, Group.PERMUTATION) if settings.form == "auto" else None
+        data = "" if settings.method == "svd" else digest(*_numbers(ctx), "moments")
+        candidates = []
+        for weight in weights:
+            form: Form = "factors"
+            wanted = settings.form == "pivot" or (channels is not None and _takes_pivots(channels, weight))
+            if wanted and len(weight.nodes) == 1:  # of factors that several products share there is no pivot form
+                form = "pivot"
+            key = digest("svd", weight.key, data, [tap.value for tap in weight.taps] if data else "")
+            candidates.append(_Candidate(weight, form, key))
+        missing = [c for c in candidates if not ctx.store.has(c.key)] if data else []
+        grams = _grams(ctx, [c.weight for c in missing]) if missing else {}
+        for number, candidate in enumerate(candidates):
+            ctx.say(f"factorize: {candidate.weight.name}, {number + 1} of {len(candidates)}")
+            gram = grams.get(candidate.weight)
+            ctx.store.arrays(candidate.key, lambda c=candidate, g=gram: _best(ctx, c.weight, g))  # type: ignore[misc]
+        return candidates
+
+    # -- ranks -----------------------------------------------------------------------------------------------------
+
+    def _ranks(self, ctx: Context, candidates: Sequence[_Candidate]) -> list[int | None]:
+        settings = self.settings
+        shapes = [(c.weight.outputs, c.weight.inputs) for c in candidates]
+        if settings.rank is not None:
+            return [_useful(settings.rank, c) for c in candidates]
+        if settings.energy is not None:
+            spectra = (ctx.store.arrays(c.key, dict)["values"] for c in candidates)
+            return [
+                _useful(budget.energy_rank(values, settings.energy), c)
+                for c, values in zip(candidates, spectra, strict=True)
+            ]
+        assert settings.density is not None
+        if settings.ranks == "uniform":
+            return [
+                _useful(rank_at_density(m, n, settings.density, c.form), c)
+                for c, (m, n) in zip(candidates, shapes, strict=True)
+            ]
+        weights = [c.weight for c in candidates]
+        references = [
+            min(max(1, rank_at_density(m, n, settings.density, c.form)), min(m, n) - 1)
+            for c, (m, n) in zip(candidates, shapes, strict=True)
+        ]
+        trials = [
+            lambda c=c, r=r: _cut(ctx.store.arrays(c.key, dict), r).product()
+            for c, r in zip(candidates, references, strict=True)
+        ]
+        measured = sensitivities(ctx, weights, trials)
+        sites = []
+        for candidate, rank, error, (m, n) in zip(candidates, references, measured, shapes, strict=True):
+            values = ctx.store.arrays(candidate.key, dict)["values"]
+            losses = budget.tail_losses(values)
+            scale = losses[rank] if error is not None else losses[0]
+            sensitivity = (1.0 if error is None else error) / scale if scale > 0 else 0.0
+            sites.append(budget.Site(m, n, losses * sensitivity, candidate.form))
+        total = sum(m * n for m, n in shapes)
+        try:
+            return budget.allocate(sites, int(settings.density * total))
+        except ValueError as error:
+            raise BadInput(f"a density of {settings.density}: {error}", where=f"pass {self.name}") from error
+
+    # -- the factors that are written ------------------------------------------------------------------------------
+
+    def _factors(
+        self, ctx: Context, chosen: Sequence[tuple[_Candidate, int]]
+    ) -> Iterator[tuple[_Candidate, Callable[[], Factors]]]:
+        if self.settings.method != "m":
+            for candidate, rank in chosen:
+                yield candidate, (lambda c=candidate, r=rank: _cut(ctx.store.arrays(c.key, dict), r))  # type: ignore[misc]
+            return
+        yield from self._reconstructed(ctx, chosen)
+
+    def _reconstructed(
+        self, ctx: Context, chosen: Sequence[tuple[_Candidate, int]]
+    ) -> Iterator[tuple[_Candidate, Callable[[], Factors]]]:
+        """Each weight fitted to the model as it is when those before it are factorised."""
+        settings = self.settings
+        original = ctx.model.clone()
+        assert ctx.feeds is not None
+        chain = digest(*_numbers(ctx), settings.mix, settings.steps)
+        with Relay(original, ctx.model, ctx.feeds) as relay:
+            # Products of one input are fitted together: one look at the data does for all of them.
+            for number, (_, members) in enumerate(groupby(chosen, key=lambda item: item[0].weight.taps)):
+                group = list(members)
+                chain = digest("m", chain, *[(c.key, rank) for c, rank in group])
+                keys = [digest(chain, index) for index in range(len(group))]
+                if not all(ctx.store.has(key) for key in keys):
+                    ctx.say(f"factorize: fitting {group[0][0].weight.name}, group {number + 1}")
+                    self._fit(ctx, relay, group, keys)
+                for (candidate, _), key in zip(group, keys, strict=True):
+                    yield candidate, (lambda k=key: Factors(**ctx.store.arrays(k, dict)))  # type: ignore[misc]
+
+    def _fit(self, ctx: Context, relay: Relay, group: Sequence[tuple[_Candidate, int]], keys: Sequence[str]) -> None:
+        settings = self.settings
+        taps = group[0][0].weight.taps
+        pairs = list(zip(taps, map(tap_of, group[0][0].weight.linears()), strict=True))
+        found, refused = relay.cross_moments(pairs)
+        for (candidate, rank), key in zip(group, keys, strict=True):
+            best = _cut(ctx.store.arrays(candidate.key, dict), rank)
+            if refused or not found:
+                fitted = best
+            else:
+                gram = sum((m.current.gram for m in found.values()), np.zeros(()))
+                cross = sum((m.cross for m in found.values()), np.zeros(()))
+                matrix = candidate.weight.matrix(ctx.opset)
+                fitted = reconstruct(matrix, best, gram, cross, mix=settings.mix, steps=settings.steps)
+            made = {"left": fitted.left.astype(np.float32), "right": fitted.right.astype(np.float32)}
+            ctx.store.arrays(key, lambda made=made: made)  # type: ignore[misc]
+
+
+def _numbers(ctx: Context) -> Iterator[object]:
+    """What a run depends on besides the weight: the data, and the names of the model's nodes."""
+    for case in ctx.feeds or ():
+        for name, array in sorted(case.items()):
+            yield name
+            yield array if isinstance(array, np.ndarray) else repr(array)
+
+
+def _takes_pivots(channels: Channels, weight: DenseWeight) -> bool:
+    """Whether the permutation of a pivot form vanishes: the outputs' or the inputs' class is free."""
+    for linear in weight.linears():
+        if linear.weight.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            return False  # pivot refuses what rounding makes of it there; pivot-lossy is for the user to ask for
+        ends = [(linear.y, linear.y_axis, True), (linear.x, linear.x_axis, linear.pointwise)]
+        free = False
+        for value, axis, allowed in ends:
+            rank = 0 if value.shape is None else len(value.shape)
+            cls = channels.whole(value, axis % rank) if rank and allowed else None
+            free = free or (cls is not None and cls.free)
+        if not free:
+            return False
+    return True
+
+
+def _grams(ctx: Context, weights: Sequence[DenseWeight]) -> dict[DenseWeight, Array]:
+    """The Gram matrix of the inputs of each weight, summed over its products; none where the data cannot show it."""
+    assert ctx.feeds is not None
+    taps = list(dict.fromkeys(tap for weight in weights for tap in weight.taps))
+    found, refused = moments(ctx.model, taps, ctx.feeds, progress=ctx.say)
+    grams = {}
+    for weight in weights:
+        parts: list[Moments] = [found[tap] for tap in weight.taps if tap in found]
+        if len(parts) == len(weight.taps):
+            grams[weight] = sum((part.gram for part in parts), np.zeros(()))
+        else:
+            reason = next(refused[tap] for tap in weight.taps if tap in refused)
+            ctx.refuse(weight.nodes[0], f"{weight.name}: the data do not weigh it: {reason}")
+    return grams
+
+
+def _best(ctx: Context, weight: DenseWeight, gram: Array | None) -> Arrays:
+    matrix = weight.matrix(ctx.opset)
+    try:
+        factors = weighted_truncated_svd(matrix, min(matrix.shape), gram)
+    except ValueError as error:
+        raise BadInput(f"cannot be factorised: {error}", where=weight.name, hint="leave it out with skip") from error
+    # Row i of U^T W is |left_i| right_i, and its length in the metric of G is the singular value.
+    right = factors.right
+    squares = np.sum((right if gram is None else right @ gram) * right, axis=1)
+    values = np.sqrt(np.maximum(squares, 0.0)) * np.linalg.norm(factors.left, axis=0)
+    return {"left": factors.left.astype(np.float32), "right": right.astype(np.float32), "values": values}
+
+
+def _cut(best: Arrays, rank: int) -> Factors:
+    """The best factors of a lower rank: the first columns and rows."""
+    return Factors(best["left"][:, :rank], best["right"][:rank])
+
+
+def _useful(rank: int, candidate: _Candidate) -> int | None:
+    """A rank, or None where its form holds no fewer elements than the dense weight."""
+    m, n = candidate.weight.outputs, candidate.weight.inputs
+    if rank >= min(m, n) or elements(m, n, rank, candidate.form) >= m * n:
+        return None
+    return rank
+
+
+def _write(ctx: Context, candidate: _Candidate, factors: Callable[[], Factors]) -> None:
+    rank = factors().rank
+    shared: tuple[ir.Value, ir.Value] | None = None
+    for linear in candidate.weight.linears():
+        right, left = shared or _constants(ctx, linear, factors, rank)
+        inner = linear.apply(ctx, linear.x, right, outputs=rank)
+        outer = linear.follower().apply(ctx, inner.outputs[0], left, linear.bias)
+        if candidate.form == "pivot":
+            outer.metadata_props[FORM] = "pivot"
+        # The budget decides, not the clock: where a pivot form follows, the factors may hold more than the weight.
+        if ctx.replace({linear.y: outer.outputs[0]}, [inner, outer], rule="factors", certain=True):
+            shared = (right, left)
+
+
+def _constants(ctx: Context, linear: Linear, factors: Callable[[], Factors], rank: int) -> tuple[ir.Value, ir.Value]:
+    dtype = linear.weight.dtype.numpy()
+    name = linear.weight.root.name or "weight"
+    ones = (1,) * len(linear.kernel)
+    right = linear.constant(
+        ctx,
+        f"{name}_right",
+        (rank, linear.inputs, *linear.kernel),
+        lambda: factors().right.reshape(rank, linear.inputs, *linear.kernel).astype(dtype),
+    )
+    left = linear.follower().constant(
+        ctx,
+        f"{name}_left",
+        (linear.outputs, rank, *ones),
+        lambda: factors().left.reshape(linear.outputs, rank, *ones).astype(dtype),
+    )
+    return right, left

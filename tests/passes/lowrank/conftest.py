@@ -1,0 +1,14 @@
+"""What the tests of low-rank passes share."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def arithmetic(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A target on which multiplications cost time and nothing else does: small models gain there too."""
+    path = tmp_path_factory.mktemp("target") / "arithmetic.yaml"
+    costs = "costs: {node: 0.0, gigaflops: 0.001, gigabytes: 1.0e+12}"
+    path.write_text(f"name: arithmetic\nbackend: onnxruntime\nversion: '1'\nopset: 24\nir_version: 12\n{costs}\n")
+    return str(path)
