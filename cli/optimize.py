@@ -87,15 +87,23 @@ def command(
     if as_json:
         print_json(result.to_json())
     else:
-        _show(result, verbose, _named(recipe, settings))
+        _show(result, verbose, _named(recipe, settings, result))
 
 
-def _named(recipe: tuple[str, ...], settings: tuple[str, ...]) -> set[str]:
-    """The passes that the user asked for by name, or by a recipe other than the default."""
+def _named(recipe: tuple[str, ...], settings: tuple[str, ...], report: Report) -> set[str]:
+    """The passes of which the user wants to hear even if they did nothing.
+
+    Those that a setting names, and those of a recipe other than the default of which no pass did anything.
+    """
     from graphopt.recipes import load_recipes
 
-    of_recipes = {step.name for found in load_recipes(recipe) if found.name != "safe" for step in found.passes}
-    return of_recipes | {setting.partition("=")[0].rpartition(".")[0] for setting in settings}
+    worked = {record.name for record in report.passes if record.kept or record.undone}
+    named = {setting.partition("=")[0].rpartition(".")[0] for setting in settings}
+    for found in load_recipes(recipe):
+        passes = {step.name for step in found.passes}
+        if found.name != "safe" and worked.isdisjoint(passes):
+            named |= passes
+    return named
 
 
 def _write_report(report: Report, path: str) -> None:

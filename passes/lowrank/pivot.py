@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from graphopt import graphs
 from graphopt.channels import ChannelClass, Channels, Group, Override, channel_classes, is_current, relabel
@@ -34,11 +34,14 @@ class Parameters(BaseModel):
     Attributes:
         gather: Where no class of channels takes the permutation it can stay as a Gather: cheaper, where the target's
             cost profile calls the whole cheaper; always, for the sake of size; never.
+        multiple: Ranks are rounded up to a multiple of this, with further pivots, which lower the error. Tensor cores
+            like 16.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     gather: Literal["cheaper", "always", "never"] = "cheaper"
+    multiple: int = Field(default=1, ge=1, le=256)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Site:
         right: Reads V, (rank, inputs[, *kernel]).
         offset: Reads U c of U (V x) + U c, float64 (outputs,); None: nothing is added between.
         owed: The rank was chosen for this form, within a budget of elements: time does not count.
+        multiple: Of what the number of pivots is to be a multiple.
     """
 
     first: Linear
@@ -68,6 +72,13 @@ class Site:
     right: Callable[[], Array]
     offset: Callable[[], Array] | None = None
     owed: bool = False
+    multiple: int = 1
+
+    @property
+    def pivots(self) -> int:
+        """The number of pivots: the rank, rounded up where there are rows and columns left for that."""
+        padded = -(-self.rank // self.multiple) * self.multiple
+        return padded if padded < min(self.second.outputs, self.first.inputs) else self.rank
 
     @property
     def x(self) -> ir.Value:
@@ -106,7 +117,8 @@ class Pivot(Pass):
         assert isinstance(self.parameters, Parameters)
         tried: set[str] = set()
         while True:
-            sites = [site for site in _sites(ctx) if self.takes(site)]
+            multiple = self.parameters.multiple
+            sites = [replace(site, multiple=multiple) for site in _sites(ctx) if self.takes(site)]
             if not sites:
                 return
             channels = channel_classes(ctx.model, Group.PERMUTATION)
@@ -384,27 +396,27 @@ def _order(ctx: Context, members: list[tuple[Site, bool]]) -> Array | None:
             flat = factor.reshape(factor.shape[:2])
             bases.append(flat if rows else flat.T)
         try:
-            return {"order": choose_pivots(bases)}
+            return {"order": choose_pivots(bases, [site.pivots for site, _ in members])}
         except ValueError:
             return {}
 
-    key = digest("order", *[(site.key, rows) for site, rows in members])
+    key = digest("order", *[(site.key, rows, site.pivots) for site, rows in members])
     return ctx.store.arrays(key, compute).get("order")
 
 
 def _side(ctx: Context, site: Site, order: Array, *, rows: bool) -> Side:
     """The constants of a form, computed when they are read."""
-    dtype, r = site.second.weight.dtype, site.rank
+    dtype, r = site.second.weight.dtype, site.pivots
     m, n = site.second.outputs, site.first.inputs
     kernel = site.first.kernel if rows else site.second.kernel
-    key = digest("pivot", site.key, rows, order, dtype.name)
+    key = digest("pivot", site.key, rows, order, r, dtype.name)
 
     def compute() -> Arrays:
         left, right = site.left(), site.right()
         # The channel axes last or first, the kernel beside the other side's channels.
         u = np.moveaxis(left, 1, -1).reshape(-1, left.shape[1])
         v = right.reshape(right.shape[0], -1)
-        made: Pivoted = (pivot_rows if rows else pivot_columns)(u, v, order=order, dtype=dtype.numpy())
+        made: Pivoted = (pivot_rows if rows else pivot_columns)(u, v, order=order, count=r, dtype=dtype.numpy())
         if rows:
             kept = made.kept.reshape(r, n, *kernel)
             coefficients = made.coefficients.reshape(m - r, r, *[1] * len(site.second.kernel))
@@ -451,7 +463,7 @@ def _with_bias(ctx: Context, site: Site, side: Side, order: Array | None, coeffi
         if second.spelling in adds:
             return replace(side, second_bias=ctx.constant(offset.astype(dtype), name))
         return replace(side, offset=ctx.constant(_spread(offset, second).astype(dtype), name))
-    ordered, r = offset[order], site.rank
+    ordered, r = offset[order], site.pivots
     if first.spelling in adds and second.spelling in adds:
         kept = ordered[:r].astype(dtype)
 

@@ -294,6 +294,19 @@ def test_gate_up_and_down_share_their_pivots(arithmetic: str) -> None:
     assert_rounding(before, after, feed(before))
 
 
+def test_ranks_are_padded_with_further_pivots(arithmetic: str) -> None:
+    """3 and 6 become 4 and 8; where nothing would be left to make of the pivots, the rank stays."""
+    g = G(17)
+    x = g.input("x", 2, 3, N)
+    gate, up = (matmul(g, matmul(g, x, N, rank, rank), rank, M, rank + 10) for rank in (3, 6))
+    g.output(matmul(g, g.op("Mul", gate, up), M, N, 5))
+    before = g.model()
+    after, _ = pivoted(before, arithmetic, multiple=4)
+    assert matrices(after) == 4 * (N + M - 4) + 8 * (N + M - 8) + M * N
+    assert_rounding(before, after, feed(before))
+    assert matrices(pivoted(before, arithmetic, multiple=16)[0]) == 3 * (N + M - 3) + 6 * (N + M - 6) + M * N
+
+
 def test_ranks_that_differ_share_their_pivots(arithmetic: str) -> None:
     g = G(17)
     x = g.input("x", 2, 3, N)
