@@ -1,4 +1,7 @@
-"""Run every benchmark in turn, each in a process of its own: ``python -m benchmarks.run_all [NAME ...]``."""
+"""Run every benchmark in turn, each in a process of its own: ``python -m benchmarks.run_all [NAME ...]``.
+
+``language_model`` trains its model the first time (minutes on two cores) and keeps it in ``build/low-rank``.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,10 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "large": ("--peers",),
     "minilm_export": (),
     "rtx_build": (),
+    "language_model": (),
+    "minilm_density": (),
+    "pivot_layers": (),
+    "large_lowrank": (),
     "demos": (),
 }
 

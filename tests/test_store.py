@@ -157,6 +157,21 @@ class _Colour(enum.Enum):
 
 
 A = np.arange(6, dtype=np.float32)
+
+
+def test_computations_use_one_thread() -> None:
+    """The same bytes on any number of cores."""
+    from threadpoolctl import threadpool_info, threadpool_limits  # type: ignore[import-untyped]
+
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    with threadpool_limits(2, user_api="blas"):
+        found = Store().arrays("a", lambda: {"threads": np.array(threads())})
+        assert set(found["threads"]) == {1}
+        assert set(threads()) == {2}
+
+
 DIFFERENT: list[tuple[object, ...]] = [
     (),
     (A,),

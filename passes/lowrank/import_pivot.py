@@ -46,8 +46,8 @@ class ImportPivot(Pass):
     stage = Stage.IMPORT
     explanation = Explanation(
         matches="ScatterElements, Scatter or ScatterND into the result of another one, whose indices are constant along"
-        " one axis, and name each place of it once between them; GatherND of constant places of the first axis, between"
-        " Transposes or not, as Gather",
+        " one axis, name all of the others in full, and name each place of it once between them; GatherND of constant"
+        " places of the first axis, between Transposes or not, as Gather",
         refuses="places named twice or not at all; scatters that add or multiply; indices that are computed from the"
         " input, or differ along another axis; a tensor that is, or may be, larger along another axis than what is"
         " written: what it held before would show",
@@ -67,7 +67,7 @@ class ImportPivot(Pass):
         axis, parts = self._chain(node)
         if isinstance(parts, str):
             ctx.refuse(node, parts)
-        elif len(parts) > 1 and node.op_type == "ScatterND":
+        elif len(parts) > 1 and node.op_type == "ScatterND" and axis == 0:
             _write_first_axis(node, parts, ctx)
         elif len(parts) > 1:
             nodes = _assemble(ctx, [part.source for part in parts], _order(parts), axis, node.outputs[0])
@@ -79,7 +79,8 @@ class ImportPivot(Pass):
         shape = self._axes(last.outputs[0])
         if shape is None or not shape:
             return 0, "the number of axes is not known"
-        axis = int_attribute(last, "axis", 0) if last.op_type != "ScatterND" else 0
+        named = _named(last, len(shape)) if last.op_type == "ScatterND" else None
+        axis = int_attribute(last, "axis", 0) if named is None else named[0]
         if axis is None:
             return 0, "the axis depends on the function's caller"
         axis %= len(shape)
@@ -117,8 +118,12 @@ class ImportPivot(Pass):
         if reduction is not None and (reduction.is_ref() or reduction.as_string() != "none"):
             return f"the scatter combines ({reduction.value})"
         rest = [size for place, size in enumerate(shape) if place != axis]
-        if node.op_type == "ScatterND":
-            positions = _first_axis_positions(indices)
+        named = _named(node, len(shape)) if node.op_type == "ScatterND" else None
+        positions: Positions | str
+        if named is not None and named[0] == axis:
+            positions = named[1]
+        elif node.op_type == "ScatterND":
+            positions = _first_axis_positions(indices) if axis == 0 else "a scatter along another axis"
         else:
             # ONNX asks for indices and updates of one shape: to what the indices are expanded, the updates have.
             positions = _positions(indices, axis, len(shape))
@@ -132,7 +137,12 @@ class ImportPivot(Pass):
         if len(np.unique(positions)) != len(positions):
             return "a scatter names a place twice"
         source = updates
-        if node.op_type == "ScatterND":
+        if named is not None:
+            # As many numbers as places: a Reshape to the shape of the places leaves them in order, or adds axes of 1.
+            reshape = made_by(_same(updates), "Reshape")
+            if reshape is not None and reshape.inputs[0] is not None:
+                source = reshape.inputs[0]
+        elif node.op_type == "ScatterND":
             expanded = made_by(_same(updates), "Expand")
             if expanded is None or expanded.inputs[0] is None:
                 return _Part(node, updates, positions)  # ONNX asks for updates that cover all other axes
@@ -245,6 +255,66 @@ def _first_axis_positions(indices: ir.Value) -> Positions | str:
     if array.ndim != 2 or array.shape[1] != 1:
         return f"indices of shape {list(array.shape)} do not name places of the first axis"
     return np.asarray(array[:, 0], np.int64)
+
+
+def _named(node: ir.Node, rank: int) -> tuple[int, Positions] | None:
+    """The axis, and the places of it, that a ScatterND writes to which names all of the others in full.
+
+    TorchScript writes an index for every axis: what a range of its size gives, expanded, and the places, likewise. To
+    what shape they are expanded does not matter: the updates have it too, and they have as many numbers as the tensor
+    has at those places, so that nothing is left to expand to.
+    """
+    concat = made_by(_same(node.inputs[1]), "Concat")
+    if concat is None or len(concat.inputs) != rank or int_attribute(concat, "axis", 0) != -1:
+        return None
+    found: tuple[int, Positions] | None = None
+    for axis, column in enumerate(concat.inputs):
+        unsqueeze = made_by(_same(column), "Unsqueeze")
+        if unsqueeze is None or _axes_of(unsqueeze) != [-1]:
+            return None
+        value = _same(unsqueeze.inputs[0])
+        expand = made_by(value, "Expand")
+        base = value if expand is None else _same(expand.inputs[0])
+        array = _constant(base)
+        if array is not None:
+            if found is not None or array.shape != (array.size, *[1] * (rank - 1 - axis)):
+                return None
+            found = axis, np.asarray(array.reshape(-1), np.int64)
+        elif not _is_whole(base, node.inputs[0], axis, rank):
+            return None
+    return found
+
+
+def _axes_of(node: ir.Node) -> list[int] | None:
+    attribute = node.attributes.get("axes")
+    if attribute is not None:
+        return None if attribute.is_ref() else list(attribute.as_ints())
+    array = graphs.constant_array(node.inputs[1], limit=8) if len(node.inputs) > 1 else None
+    return None if array is None else [int(axis) for axis in array.reshape(-1)]
+
+
+def _is_whole(value: ir.Value | None, data: ir.Value | None, axis: int, rank: int) -> bool:
+    """Whether a value is all places of an axis of a tensor, in order, with the axes behind it of size 1."""
+    behind = rank - 1 - axis
+    reshape = made_by(value, "Reshape")
+    if reshape is not None:
+        target = graphs.constant_array(reshape.inputs[1], limit=8)
+        if target is None or target.tolist() != [-1, *[1] * behind]:
+            return False
+        value = _same(reshape.inputs[0])
+    elif behind:
+        return False
+    places = made_by(value, "Range")
+    if places is None or graphs.scalar_of(places.inputs[0]) != 0 or graphs.scalar_of(places.inputs[2]) != 1:
+        return False
+    limit = _same(places.inputs[1])
+    while (cast := made_by(limit, "Cast")) is not None:
+        limit = _same(cast.inputs[0])
+    gather = made_by(limit, "Gather")
+    if gather is None or graphs.scalar_of(gather.inputs[1]) != axis or int_attribute(gather, "axis", 0) != 0:
+        return False
+    shape = made_by(gather.inputs[0], "Shape")
+    return shape is not None and not shape.attributes and _same(shape.inputs[0]) is _same(data)
 
 
 def _constant(value: ir.Value | None, depth: int = 0) -> npt.NDArray[Any] | None:

@@ -60,6 +60,7 @@ class Site:
         offset: Reads U c of U (V x) + U c, float64 (outputs,); None: nothing is added between.
         owed: The rank was chosen for this form, within a budget of elements: time does not count.
         multiple: Of what the number of pivots is to be a multiple.
+        spare: Pivots beyond the rank. A thirty-second part more halves what rounding the coefficients adds.
     """
 
     first: Linear
@@ -73,11 +74,12 @@ class Site:
     offset: Callable[[], Array] | None = None
     owed: bool = False
     multiple: int = 1
+    spare: int = 0
 
     @property
     def pivots(self) -> int:
         """The number of pivots: the rank, rounded up where there are rows and columns left for that."""
-        padded = -(-self.rank // self.multiple) * self.multiple
+        padded = -(-(self.rank + self.spare) // self.multiple) * self.multiple
         return padded if padded < min(self.second.outputs, self.first.inputs) else self.rank
 
     @property
@@ -126,14 +128,19 @@ class Pivot(Pass):
             classes = list(_shared(channels, sites))
             for number, (cls, together) in enumerate(classes, 1):
                 ctx.say(f"choosing pivots: {number} of {len(classes)} classes of channels")
+                dear = False
                 for members in self._attempts(together):
-                    name = "+".join(sorted(f"{site.key} {rows}" for site, rows in members))
+                    if dear and members[0][0].spare:
+                        continue  # more pivots cost more
+                    name = "+".join(sorted(f"{site.key} {rows} {site.pivots}" for site, rows in members))
                     if name in tried or not all(site.is_current for site, _ in members) or not is_current(cls):
                         continue  # an earlier class took its nodes along: it is looked at anew
                     tried.add(name)
+                    before = ctx.not_cheaper[self.name]
                     if _fold(ctx, cls, members):
                         progress = True
                         break
+                    dear = ctx.not_cheaper[self.name] > before
             if progress:
                 continue
             for number, site in enumerate(sites, 1):
@@ -147,8 +154,9 @@ class Pivot(Pass):
         return True
 
     def _attempts(self, members: list[tuple[Site, bool]]) -> Iterable[list[tuple[Site, bool]]]:
-        """All sites of a class at once; where its cost or its rounding is too much, fewer of them, down to one."""
+        """All sites of a class at once; where that is refused, with spare pivots; then fewer sites, down to one."""
         yield members
+        yield [(_spared(site), rows) for site, rows in members]
         if self.kind is Kind.ROUNDING and members[0][0].second.weight.dtype in _HALF:
             return  # one alone would fail, too, and each failure is a run of everything
         parts = [part for rows in (True, False) if (part := [member for member in members if member[1] is rows])]
@@ -168,12 +176,23 @@ class Pivot(Pass):
         if not always and not _is_cheaper(ctx, site):
             ctx.refuse(site.nodes[-1], f"not cheaper with a Gather, and {why}")
             return
-        order = _order(ctx, [(site, True)])
-        if order is None:
-            ctx.refuse(site.nodes[-1], "no rows of it span the others")
-            return
-        nodes, y = _with_gather(ctx, site, order)
-        ctx.replace({site.y: y}, nodes, rule="rows-gather", certain=always)
+        for tried in (site, _spared(site)):
+            order = _order(ctx, [(tried, True)])
+            if order is None:
+                ctx.refuse(site.nodes[-1], "no rows of it span the others")
+                return
+            nodes, y = _with_gather(ctx, tried, order)
+            if ctx.replace({site.y: y}, nodes, rule=f"rows-gather{_suffix(tried)}", certain=always):
+                return
+
+
+def _spared(site: Site) -> Site:
+    """The same site with pivots to spare."""
+    return replace(site, spare=site.rank // 32 + 1)
+
+
+def _suffix(site: Site) -> str:
+    return "-spare" if site.spare else ""
 
 
 def _what_pins(ctx: Context, channels: Channels, site: Site) -> str:
@@ -344,7 +363,7 @@ def _fold(ctx: Context, cls: ChannelClass, members: list[tuple[Site, bool]]) -> 
         overrides[site.nodes[-1]] = _pivoted(ctx, site, order, rows)
     # Each choice of sites has a rule of its own: that one was taken back does not speak against the others.
     forms = dict.fromkeys("rows" if rows else "columns" for _, rows in members)
-    rule = "-".join(forms) if len(members) == 1 else f"{'-'.join(forms)}-of-{len(members)}"
+    rule = ("-".join(forms) if len(members) == 1 else f"{'-'.join(forms)}-of-{len(members)}") + _suffix(members[0][0])
     return relabel(ctx, cls, order, rule=rule, overrides=overrides, certain=any(site.owed for site, _ in members))
 
 

@@ -13,15 +13,18 @@ POSITIONS = 512
 BLOCK = 1_000_003  # a prime: tiled rows of a weight never coincide
 
 
-def large_transformer(path: str | Path, *, layers: int = 32, width: int = 1408, heads: int = 11, seed: int = 0) -> Path:
+def large_transformer(
+    path: str | Path, *, layers: int = 32, width: int = 1408, heads: int = 11, seed: int = 0, rank: int | None = None
+) -> Path:
     """Write a pre-LayerNorm encoder with external weights to ``path`` and return the path.
 
     The defaults give 3.06 GB and about 3,560 nodes: LayerNormalization and Gelu decomposed, a Constant node for
     every constant, and every reshape computing its target from Shape, Gather, Unsqueeze and Concat.
     Input ``ids``: int64 [batch, sequence] below 2048, at most 512 long.
     Output ``hidden``: float32 [batch, sequence, width]. Every weight is distinct, generated while it is written.
+    With a ``rank`` each product's weight is a product of two factors of that inner size, rounded to float32.
     """
-    build = _Encoder(width, heads, seed)
+    build = _Encoder(width, heads, seed, rank)
     ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "sequence"]))
     hidden = build.embed(ids)
     for layer in range(layers):
@@ -46,9 +49,10 @@ def large_transformer(path: str | Path, *, layers: int = 32, width: int = 1408, 
 
 
 class _Encoder:
-    def __init__(self, width: int, heads: int, seed: int) -> None:
+    def __init__(self, width: int, heads: int, seed: int, rank: int | None) -> None:
         self.width = width
         self.heads = heads
+        self.rank = rank
         self.tape = tape.Tape()
         self.weights: list[ir.Value] = []
         self.block = np.random.default_rng(seed).standard_normal(BLOCK).astype(np.float32)
@@ -59,11 +63,20 @@ class _Encoder:
     def constant(self, value: np.generic | np.ndarray) -> ir.Value:
         return self.op("Constant", value=ir.tensor(np.asarray(value)))
 
-    def weight(self, name: str, *shape: int, scale: float, mean: float = 0.0) -> ir.Value:
+    def weight(self, name: str, *shape: int, scale: float, mean: float = 0.0, rank: int | None = None) -> ir.Value:
         start = 7919 * (len(self.weights) + 1) % BLOCK  # another start in the block: another weight
 
         def draw() -> ir.TensorProtocol:
-            values = np.resize(np.roll(self.block, -start), shape)
+            if rank is None:
+                values = np.resize(np.roll(self.block, -start), shape)
+            else:
+                rows, columns = shape
+                numbers = np.resize(np.roll(self.block, -start), (rows + columns) * rank)
+                left, right = np.split(numbers, [rows * rank])
+                # The rows of the right one differ in length, as trained weights' columns do.
+                lengths = np.exp(right[:columns])
+                values = left.reshape(rows, rank) @ (right.reshape(rank, columns) * lengths)
+                values *= np.float32(0.5 * rank**-0.5)
             return ir.Tensor(values * np.float32(scale) + np.float32(mean), name=name)
 
         tensor = ir.LazyTensor(draw, ir.DataType.FLOAT, ir.Shape(shape), name=name)
@@ -79,7 +92,7 @@ class _Encoder:
         return self.op("Add", words, self.op("Gather", table, positions))
 
     def linear(self, x: ir.Value, name: str, rows: int, columns: int, *, gain: float = 1.0) -> ir.Value:
-        weight = self.weight(f"{name}.weight", rows, columns, scale=gain * rows**-0.5)
+        weight = self.weight(f"{name}.weight", rows, columns, scale=gain * rows**-0.5, rank=self.rank)
         return self.op("Add", self.weight(f"{name}.bias", columns, scale=0.02), self.op("MatMul", x, weight))
 
     def layer_norm(self, x: ir.Value, name: str) -> ir.Value:

@@ -63,9 +63,7 @@ def assert_close(model: ir.Model, other: ir.Model, feeds: Mapping[str, Array]) -
             assert np.abs(found - wanted).max() <= 2e-5 * max(1.0, float(np.abs(wanted).max()))
 
 
-def assert_there_and_back(
-    model: ir.Model, feeds: Mapping[str, Array], count: int, *, checked: bool = True
-) -> ir.Model:
+def assert_there_and_back(model: ir.Model, feeds: Mapping[str, Array], count: int, *, checked: bool = True) -> ir.Model:
     """As nodes, as standard operators, and as nodes again: the same numbers. Gives the first."""
     outputs = [value.name for value in model.graph.outputs]
     once = model.clone()

@@ -14,7 +14,7 @@ pytest.importorskip("onnxruntime")
 
 from graphopt.passes.canonical.fold_constants import FoldConstants
 from graphopt.passes.lowrank.import_pivot import ImportPivot
-from tests.passes.common import assert_same_bits, run_ort, run_pass
+from tests.passes.common import applications, assert_same_bits, op_types, run_ort, run_pass
 from tests.passes.fuse.common import G, random, reasons
 
 M, N, R = 10, 6, 4
@@ -317,3 +317,167 @@ def test_official_modules_as_exported(tmp_path: Path, exporter: str, opset: int)
     assert_same_bits(model, after, feeds)
     overlapping = onnx.load(export(entries["pifa_overlapping"], exporter, opset, tmp_path))  # type: ignore[arg-type]
     assert run_pass(overlapping, ImportPivot)[1][0].kept == 0
+
+
+# ---- GatherND --------------------------------------------------------------------------------------------------------
+
+
+def gathered(
+    *, perm: str | None, back: str | None, indices: str, shape: str = "2,3,6", batch: int = 0, read: bool = False
+) -> str:
+    """x[..., idx] as torch.export writes it; perm and back are left out where they are None."""
+    first = f"m = Transpose <perm = [{perm}]> (x)" if perm else "m = Identity (x)"
+    last = f"y = Transpose <perm = [{back}]> (g)" if back else "y = Identity (g)"
+    more = "z = Neg (g)" if read else ""
+    outputs = "float[] y" + (", float[] z" if read else "")
+    rank = shape.count(",") + 1
+    dims = ",".join(["?"] * rank)
+    return f"""
+        <ir_version: 10, opset_import: ["" : 18]>
+        g (float[{shape}] x) => ({outputs.replace("[]", f"[{dims}]")})
+        <int64[{indices.count(",") + 1},1] i = {{{indices}}}>
+        {{
+            {first}
+            g = GatherND <batch_dims = {batch}> (m, i)
+            {last}
+            {more}
+        }}
+    """
+
+
+@pytest.mark.parametrize("indices", ["5,0,3,1", "5,4,3,2,1,0", "0,0,-1", "2"])
+@pytest.mark.parametrize(("perm", "back"), [("2,0,1", "1,2,0"), ("2,1,0", "2,1,0"), ("1,0,2", "1,0,2")])
+def test_gather_between_transposes(perm: str, back: str, indices: str) -> None:
+    before = gathered(perm=perm, back=back, indices=indices, shape="6,6,6")
+    after, records = run_pass(before, ImportPivot)
+    assert applications(records) == 1
+    assert op_types(after) == ["Gather"]
+    assert_same_bits(before, after, {"x": np.random.default_rng(0).standard_normal((6, 6, 6)).astype(np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("perm", "back", "read", "ops"),
+    [
+        (None, None, False, ["Identity", "Gather", "Identity"]),
+        ("2,0,1", None, False, ["Transpose", "Gather", "Identity"]),
+        ("2,0,1", "2,0,1", False, ["Transpose", "Gather", "Transpose"]),
+        (None, "1,2,0", False, ["Identity", "Gather", "Transpose"]),
+        ("2,0,1", "1,2,0", True, ["Transpose", "Gather", "Transpose", "Neg"]),
+    ],
+)
+def test_gather_where_it_stands(perm: str | None, back: str | None, read: bool, ops: list[str]) -> None:
+    before = gathered(perm=perm, back=back, indices="1,0", shape="6,6,6", read=read)
+    after, _ = run_pass(before, ImportPivot)
+    assert op_types(after) == ops
+    assert_same_bits(before, after, {"x": np.random.default_rng(0).standard_normal((6, 6, 6)).astype(np.float32)})
+
+
+def test_gather_of_each_batch_stays() -> None:
+    before = gathered(perm=None, back=None, indices="1,0", shape="2,3,6", batch=1)
+    after, records = run_pass(before, ImportPivot)
+    assert not applications(records) and "GatherND" in op_types(after)
+
+
+def test_gather_of_places_of_two_axes_stays() -> None:
+    before = """
+        <ir_version: 10, opset_import: ["" : 18]>
+        g (float[2,3,6] x) => (float[2,6] y) <int64[2,2] i = {0, 1, 1, 2}> { y = GatherND (x, i) }
+    """
+    after, records = run_pass(before, ImportPivot)
+    assert not applications(records) and op_types(after) == ["GatherND"]
+
+
+def test_gather_of_places_that_are_computed_stays() -> None:
+    before = """
+        <ir_version: 10, opset_import: ["" : 18]>
+        g (float[2,3,6] x, int64[2,1] i) => (float[2,3,6] y) { y = GatherND (x, i) }
+    """
+    after, records = run_pass(before, ImportPivot)
+    assert not applications(records) and op_types(after) == ["GatherND"]
+
+
+# ---- an index for every axis -----------------------------------------------------------------------------------------
+
+
+def every_axis(
+    *,
+    axis: int = 2,
+    kept: np.ndarray = KEPT,
+    start: float = 0,
+    step: float = 1,
+    of: int | None = None,
+    other: bool = False,
+    twisted: bool = False,
+    expand: bool = True,
+    larger: bool = False,
+) -> onnx.ModelProto:
+    """Two ScatterND that name every axis, as TorchScript writes index_put; the flags spoil what they say."""
+    g = G(18)
+    shape: list[int | str] = ["batch", 3, "length"]
+    shape[axis] = 0
+    x = g.input("x", "batch", 3, "length", 5)
+    first = g.op("Shape", x)
+    dims = []
+    for place in range(3):
+        index = g.const(np.array(place, np.int64))
+        dims.append(g.ints(M) if place == axis else g.op("Unsqueeze", g.op("Gather", first, index), g.ints(0)))
+    if larger:
+        dims[0] = g.op("Add", dims[0], g.ints(1))
+    tensor = g.op("ConstantOfShape", g.op("Concat", *dims, axis=0))
+    data = tensor
+    for name, places in (("t", kept), ("s", REST)):
+        shape[axis] = len(places)
+        part = g.input(name, *shape)
+        of_whom = tensor if other else data
+        columns, sizes = [], g.op("Shape", part)
+        for place in range(3):
+            behind = [1] * (2 - place)
+            if place == axis:
+                column = g.ints(*places)
+                column = g.op("Reshape", column, g.ints(-1, *(behind[1:] if twisted else behind)))
+            else:
+                whose = place if of is None else of
+                limit = g.op("Gather", g.op("Shape", of_whom), g.const(np.array(whose, np.int64)))
+                limit = g.op("Cast", limit, to=7)
+                numbers = [g.const(np.array(number, np.int64)) for number in (start, step)]
+                column = g.op("Reshape", g.op("Range", numbers[0], limit, numbers[1]), g.ints(-1, *behind))
+            if expand:
+                column = g.op("Expand", column, sizes)
+            columns.append(g.op("Unsqueeze", column, g.ints(-1)))
+        data = g.op("ScatterND", data, g.op("Concat", *columns, axis=-1), g.op("Reshape", part, sizes))
+    g.output(data, None, None, None)
+    return g.model()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_an_index_for_every_axis(axis: int) -> None:
+    before = every_axis(axis=axis)
+    after, records = run_pass(before, ImportPivot)
+    assert applications(records) == 1 and {"Concat", "Gather"} == set(op_types(after))
+    for batch, length in ((2, 4), (1, 1), (0, 3)):
+        sizes = [batch, 3, length]
+        feed = {"x": random((*sizes, 5))}
+        for seed, (name, places) in enumerate((("t", KEPT), ("s", REST))):
+            sizes[axis] = len(places)
+            feed[name] = random(sizes, seed=seed)
+        assert_same_bits(before, after, feed)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"start": 1},
+        {"step": 2},
+        {"of": 1},
+        {"other": True},
+        {"twisted": True, "axis": 1},
+        {"larger": True},
+        {"kept": np.array([1, 4, 5, 8])},
+    ],
+    ids=lambda spoilt: "-".join(spoilt),
+)
+def test_an_index_for_every_axis_that_does_not_name_all_of_it(spoilt: dict[str, object]) -> None:
+    before = every_axis(**spoilt)  # type: ignore[arg-type]
+    after, records = run_pass(before, ImportPivot)
+    assert not applications(records)
+    assert op_types(after).count("ScatterND") == 2

@@ -9,6 +9,10 @@ import pytest
 
 from graphopt.passes.lowrank.pivot import Pivot
 from graphopt.passes.lowrank.reveal_rank import RevealRank
+from graphopt.rewrite import Context
+from graphopt.rewrite.manager import run_passes
+from graphopt.shapes import infer_shapes
+from graphopt.targets import load_target
 from tests.passes.common import applications, op_types, run_ort, run_pass
 from tests.passes.fuse.common import DOUBLE, FLOAT, FLOAT16, NUMPY, G, assert_rounding, in_body, random, reasons
 
@@ -155,3 +159,11 @@ def test_a_weight_that_something_else_reads() -> None:
     g.output(g.op("MatMul", g.input("x", 3, N), weight))
     g.output(g.op("ReduceSum", weight))
     assert applications(run_pass(g.model(), RevealRank)[1]) == 0
+
+
+def test_it_tells_how_far_it_is() -> None:
+    model = ir.from_proto(one(product(20)))
+    infer_shapes(model)
+    said: list[str] = []
+    run_passes(Context(model, load_target("onnxruntime"), say=said.append), [RevealRank()])
+    assert said[0] == "looking for hidden rank: 1 of 1 weights"
