@@ -1,7 +1,9 @@
-"""Writes the README's tables from ``results/*.json``: ``python -m benchmarks.readme_tables`` [--check].
+"""Writes the tables of README.md and docs/low-rank.md from ``results/*.json``.
 
-What stands in README.md between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew. A benchmark without a
-result leaves "not measured yet".
+    python -m benchmarks.readme_tables [--check]
+
+What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew. A benchmark without a result leaves
+"not measured yet".
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
+from benchmarks.lowrank_tables import LOW_RANK
 from docs.generate import fill, md_table
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "low-rank.md")
 NOT_YET = "not measured yet"
 MOST_SURVIVORS = 20
 SETTINGS = ("optimizations off", "optimizations on")  # of ONNX Runtime
@@ -24,9 +27,9 @@ SETTINGS = ("optimizations off", "optimizations on")  # of ONNX Runtime
 Result = Mapping[str, Any]
 
 
-def render(readme: str, results: Path = RESULTS) -> str:
-    """``readme`` with the tables that the results in a folder give."""
-    return fill(readme, {name: _section(name, results) for name in TABLES}, marker="table")
+def render(page: str, results: Path = RESULTS) -> str:
+    """A page's text with the tables that the results in a folder give."""
+    return fill(page, {name: _section(name, results) for name in TABLES}, marker="table")
 
 
 def _section(name: str, results: Path) -> Callable[[], str]:
@@ -206,6 +209,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "rtx_build": rtx_build,
     "demos": demos,
     "help_time": help_time,
+    **LOW_RANK,
 }
 
 
@@ -228,14 +232,17 @@ def _percent(part: int, whole: int) -> str:
 
 
 def main() -> int:
-    """Rewrite the README; with ``--check`` only say whether it is out of date (exit code 1)."""
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
-    if "--check" in sys.argv:
-        print("README.md is up to date" if before == after else "README.md is out of date")
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    """Rewrite the pages; with ``--check`` only say which is out of date (exit code 1)."""
+    stale = False
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = render(before)
+        if "--check" in sys.argv:
+            stale = stale or before != after
+            print(f"{page.name} is {'up to date' if before == after else 'out of date'}")
+        else:
+            page.write_text(after, encoding="utf-8")
+    return int(stale)
 
 
 if __name__ == "__main__":

