@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -292,11 +291,18 @@ def main() -> None:
 
 def _why_more(shape: Mapping[str, Any]) -> str:
     """What a shape saves more than multiplications by."""
-    last = os.sysconf("SC_LEVEL3_CACHE_SIZE") / 1e6 if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0.0
     before, after = (4e-6 * shape["networks"][name]["weights"] for name in (FACTORS, FOLDED))
+    last = _last_cache_mb()
+    if last is None:
+        return f"{before:.0f} and {after:.0f} MB of weights; how large the last cache is could not be found out"
     if shape["rows"] == 1 and after < last < before * 1.25:
         return f"the factors' {before:.0f} MB fill the last cache of {last:.0f} MB, the pivots' {after:.0f} MB fit"
     return f"not by a cache: {before:.0f} and {after:.0f} MB of weights, the last cache has {last:.0f} MB"
+
+
+def _last_cache_mb() -> float | None:
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) / 1e3 for size in sizes if size.endswith("K")), default=None)
 
 
 def _told(

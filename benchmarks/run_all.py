@@ -21,6 +21,8 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "large": ("--peers",),
     "minilm_export": (),
     "rtx_build": (),
+    "pivot_error": (),
+    "calibration_memory": (),
     "language_model": (),
     "minilm_density": (),
     "pivot_layers": (),

@@ -35,6 +35,7 @@ def command(out: str, target: str, threads: int, as_json: bool, verbose: bool) -
         ("launching an operator", f"{found.costs.node:g} us", f"{profile.node:g} us"),
         ("matrix product, multiply-adds", f"{found.costs.gigaflops:g} G/s", f"{profile.gigaflops:g} G/s"),
         ("elementwise, bytes", f"{found.costs.gigabytes:g} GB/s", f"{profile.gigabytes:g} GB/s"),
+        ("single elements, bytes", f"{found.costs.scattered:g} GB/s", f"{profile.scattered:g} GB/s"),
         ("entering a branch", f"{found.costs.control_flow:g} us", f"{profile.control_flow:g} us"),
     ]
     console().print(table(["cost", ("shipped", "right"), ("here", "right")], rows))

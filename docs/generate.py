@@ -277,9 +277,15 @@ def costs_section() -> str:
     for name in target_names():
         costs = load_target(name).costs
         rows.append(
-            (f"`{name}`", *(f"{v:g}" for v in (costs.node, costs.gigaflops, costs.gigabytes, costs.control_flow)))
+            (
+                f"`{name}`",
+                *(
+                    f"{v:g}"
+                    for v in (costs.node, costs.gigaflops, costs.gigabytes, costs.scattered, costs.control_flow)
+                ),
+            )
         )
-    return md_table(["target", "node", "gigaflops", "gigabytes", "control_flow"], rows, right=1)
+    return md_table(["target", "node", "gigaflops", "gigabytes", "scattered", "control_flow"], rows, right=1)
 
 
 def signature(name: str) -> str:

@@ -36,10 +36,10 @@ Feeds = dict[str, np.ndarray]
 class Sizes:
     """A LLaMA-style decoder in small."""
 
-    width: int = 256
+    width: int = 512
     heads: int = 8
     kv_heads: int = 2
-    hidden: int = 704
+    hidden: int = 1408
     vocabulary: int = 512
 
     @property

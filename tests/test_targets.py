@@ -215,6 +215,31 @@ def test_branches_cost_half_of_what_stands_in_them() -> None:
     assert cost(text, target(control_flow=100.0)) > cost(text, target(control_flow=1.0)) > 0
 
 
+def test_single_elements_are_dear_to_move() -> None:
+    """On the last axis a Gather looks each element up; before it there are rows to copy."""
+    gather = "g (float[64,8] x, int64[{n}] i) => (float[{s}] y) {{ y = Gather<axis = {a}>(x, i) }}"
+    last, first = (cost(gather.format(n=n, s=s, a=a)) for n, s, a in ((8, "64,8", 1), (64, "64,8", 0)))
+    negative = cost(gather.format(n=8, s="64,8", a=-1))
+    assert last == pytest.approx(negative)
+    assert last - target().costs.node > 3 * (first - target().costs.node)
+
+
+def test_few_rows_cost_the_reading_of_the_weights() -> None:
+    product = "g (float[{rows},64] x) => (float[{rows},64] y) <float[64,64] w = {{{w}}}> {{ y = MatMul(x, w) }}"
+    slow, fast = target(gigabytes=1.0), target(gigabytes=1000.0)
+    text = product.format(rows=1, w=",".join(["1"] * 4096))
+    assert cost(text, slow) - cost(text, fast) > 0.9 * 64 * 64 * 4 / 1e3
+
+
+def test_cheaper_by_a_share() -> None:
+    made = model("g (float[8,8] x) => (float[8,8] y) { a = Neg(x) b = Abs(a) y = Neg(b) }")
+    infer_shapes(made)
+    a, b, c = made.graph
+    assert target().cheaper([a, b], [a, b, c], by=0.3)
+    assert not target().cheaper([a, b], [a, b, c], by=0.4)
+    assert not target().cheaper([a], [b], by=0.01)
+
+
 def test_cheaper() -> None:
     made = model("g (float[8,8] x) => (float[8,8] y) { a = Neg(x) b = Abs(a) i = Identity(b) y = Identity(i) }")
     infer_shapes(made)
@@ -302,7 +327,7 @@ def test_mistakes_in_targets(
 
 
 def test_a_profile_follows_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invented times, as a machine of 2 us a node, 10 GB/s, 50 G multiply-adds/s and 5 us a branch would give."""
+    """Invented times: of a machine of 2 us a node, 10 GB/s, 2.5 GB/s scattered, 50 G multiply-adds/s, 5 us a branch."""
 
     def seconds(content: bytes, feeds: dict[str, np.ndarray], threads: int) -> float:
         nodes = ir.from_proto(__import__("onnx").load_from_string(content)).graph
@@ -312,6 +337,7 @@ def test_a_profile_follows_from_the_times(monkeypatch: pytest.MonkeyPatch) -> No
             total += 2e-6
             total += {"MatMul": feeds["x"].shape[0] ** 3 / 50e9, "If": 5e-6}.get(node.op_type, 0.0)
             total += 2 * size / 10e9 if size > 1e6 and node.op_type == "Neg" else 0.0
+            total += 2 * size / 2.5e9 if node.op_type == "Gather" else 0.0
         return total
 
     monkeypatch.setattr(profiling, "_seconds", seconds)
@@ -319,6 +345,7 @@ def test_a_profile_follows_from_the_times(monkeypatch: pytest.MonkeyPatch) -> No
     assert profile.node == pytest.approx(2.0, rel=0.05)
     assert profile.gigaflops == pytest.approx(50, rel=0.05)
     assert profile.gigabytes == pytest.approx(10, rel=0.2)
+    assert profile.scattered == pytest.approx(2.5, rel=0.2)
     assert profile.control_flow == pytest.approx(3.0, abs=2.1)
 
 
@@ -333,4 +360,5 @@ def test_measuring_gives_positive_costs(monkeypatch: pytest.MonkeyPatch) -> None
     assert profile.node > 0
     assert profile.gigaflops > 0
     assert profile.gigabytes > 0
+    assert profile.scattered > 0
     assert profile.control_flow >= 0

@@ -47,6 +47,7 @@ def relabel(
     rule: str,
     overrides: Mapping[ir.Node, Override] | None = None,
     certain: bool = False,
+    by: float = 0.0,
 ) -> bool:
     """Permute the channels of a free class of permutations: channel i of the result is channel order[i] of before.
 
@@ -57,6 +58,7 @@ def relabel(
         rule: For ``ctx.replace``.
         overrides: What takes the place of certain nodes in the clone.
         certain: For ``ctx.replace``: the target's cost profile is not asked.
+        by: For ``ctx.replace``: the fraction of the time that must be saved.
 
     Returns:
         False where nothing was changed; why is noted as a near miss.
@@ -69,7 +71,7 @@ def relabel(
         raise ValueError(f"the class is pinned: {cls.pinned[0]}")
     if not np.array_equal(np.sort(order), np.arange(cls.size)):
         raise ValueError(f"no permutation of {cls.size} channels")
-    return _replace(ctx, cls, partial(_permuted, order=order), rule, overrides or {}, certain)
+    return _replace(ctx, cls, partial(_permuted, order=order), rule, overrides or {}, certain, by)
 
 
 def rescale(
@@ -149,6 +151,7 @@ def _replace(
     rule: str,
     overrides: Mapping[ir.Node, Override],
     certain: bool,
+    by: float = 0.0,
 ) -> bool:
     first = next((v.producer() for v in cls.activations() if v.producer() is not None), None)
     try:
@@ -183,7 +186,7 @@ def _replace(
     if not outputs:
         return False
     anchor = _make_room(_alive(region, boundary), boundary)
-    return ctx.replace(outputs, nodes, rule=rule, before=anchor, certain=certain)
+    return ctx.replace(outputs, nodes, rule=rule, before=anchor, certain=certain, by=by)
 
 
 class _Clone:

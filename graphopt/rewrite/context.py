@@ -133,6 +133,7 @@ class Context:
         rule: str,
         before: ir.Node | None = None,
         certain: bool = False,
+        by: float = 0.0,
     ) -> bool:
         """Let new values take the place of old ones.
 
@@ -148,6 +149,7 @@ class Context:
             before: Where the new nodes go; default: before the node that produces the first old value.
             certain: The rule knows that the result is never dearer, and nobody is asked (the cost profile takes both
                 branches of an If for taken half of the time, and sees no gain until the last reader is gone).
+            by: The fraction of the time that must be saved at least, where a rule gives up something for it.
 
         Returns:
             False where nothing was changed: the application is on the skip list, the target does not run a new node,
@@ -171,7 +173,7 @@ class Context:
 
         mapping, nodes = self._keep_output_names(outputs, nodes)
         dying = self._dying(mapping)
-        if nodes and not certain and (loss := self._gains_nothing(nodes, dying)) is not None:
+        if nodes and not certain and (loss := self._gains_nothing(nodes, dying, by)) is not None:
             self.refuse(anchor, loss)
             return self._drop(nodes)
 
@@ -262,17 +264,17 @@ class Context:
         count = self._keys[base]
         return base if count == 0 else f"{base}#{count + 1}"
 
-    def _gains_nothing(self, new: Sequence[ir.Node], old: Sequence[ir.Node]) -> str | None:
+    def _gains_nothing(self, new: Sequence[ir.Node], old: Sequence[ir.Node], by: float) -> str | None:
         """Why new nodes are no gain over the old ones in what the pass saves; None where they are."""
         assert self._current is not None
         if self._current.saves is Saves.BYTES:
             # A constant that both read, a bias for one, counts on both sides.
             after, before = _constant_bytes(new), _constant_bytes(old)
             return None if after < before else f"its constants would take {after:,} bytes, they take {before:,}"
-        if self.target.cheaper(new, old):
+        if self.target.cheaper(new, old, by=by):
             return None
         self.not_cheaper[self._current.name] += 1
-        return f"not cheaper on {self.target.name}"
+        return f"not cheaper on {self.target.name}" + (f" by {by:.0%}" if by else "")
 
     def _drop(self, nodes: Sequence[ir.Node]) -> bool:
         for node in nodes:

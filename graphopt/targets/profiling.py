@@ -42,6 +42,10 @@ def measure(target: Target, *, threads: int = 1) -> CostProfile:
     more = _seconds(_chain(12, "Neg"), {"x": wide}, threads)
     bytes_per_second = 10 * 2 * wide.nbytes / max(more - base, 1e-9)
 
+    moved = _seconds(_chain(2, "Reversed"), {"x": wide}, threads)
+    more = _seconds(_chain(6, "Reversed"), {"x": wide}, threads)
+    scattered_per_second = 4 * 2 * wide.nbytes / max(more - moved, 1e-9)
+
     size = 512
     product = _seconds(_product(size), {"x": np.ones((size, size), np.float32)}, threads)
     multiply_adds = size**3 / max(product - node, 1e-9)
@@ -52,6 +56,7 @@ def measure(target: Target, *, threads: int = 1) -> CostProfile:
         node=round(node * 1e6, 3),
         gigaflops=round(multiply_adds / 1e9, 3),
         gigabytes=round(bytes_per_second / 1e9, 3),
+        scattered=round(scattered_per_second / 1e9, 3),
         control_flow=round(max(branch - straight, 0.0) * 1e6, 3),
     )
 
@@ -98,7 +103,13 @@ def _model(text: str) -> bytes:
 
 
 def _chain(length: int, op: str) -> bytes:
-    steps = "\n".join(f"v{i + 1} = {op}(v{i})" for i in range(length))
+    """Operators in a row; ``Reversed`` is a Gather that turns the last of 1,024 channels into the first."""
+    if op == "Reversed":
+        order = ", ".join(map(str, range(1023, -1, -1)))
+        steps = f"order = Constant<value_ints = [{order}]>()\n"
+        steps += "\n".join(f"v{i + 1} = Gather<axis = 1>(v{i}, order)" for i in range(length))
+    else:
+        steps = "\n".join(f"v{i + 1} = {op}(v{i})" for i in range(length))
     return _model(f"agraph (float[a,b] x) => (float[a,b] v{length}) {{\nv0 = Identity(x)\n{steps}\n}}")
 
 

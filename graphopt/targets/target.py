@@ -25,6 +25,7 @@ class CostProfile(BaseModel):
         node: Launching one operator.
         gigaflops: Billions of multiply-adds a second in a matrix product.
         gigabytes: Billions of bytes a second through an elementwise operator, and of weights.
+        scattered: Billions of bytes a second through an operator that moves single elements: Gather on the last axis.
         control_flow: Entering a body of If, Loop or Scan.
         free: Operators that cost nothing, since the backend removes them or returns a view.
         dimension: The size that stands for an axis whose size is not known.
@@ -35,6 +36,7 @@ class CostProfile(BaseModel):
     node: float = 3.0
     gigaflops: float = 40.0
     gigabytes: float = 8.0
+    scattered: float = 2.0
     control_flow: float = 2.0
     free: tuple[str, ...] = ("Identity", "Constant", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
     dimension: int = 64
@@ -130,9 +132,17 @@ class Target(BaseModel):
         """Estimated microseconds to run nodes one after the other, constants not counted."""
         return sum(self._cost(node) for node in nodes)
 
-    def cheaper(self, new: Sequence[ir.Node], old: Sequence[ir.Node]) -> bool:
-        """Whether new nodes cost less than the old ones, or as much with fewer nodes."""
+    def cheaper(self, new: Sequence[ir.Node], old: Sequence[ir.Node], *, by: float = 0.0) -> bool:
+        """Whether new nodes cost less than the old ones, or as much with fewer nodes.
+
+        Args:
+            new: What takes the place of
+            old: these.
+            by: The fraction of the old cost that must be saved at least.
+        """
         before, after = self.cost(old), self.cost(new)
+        if by > 0:
+            return after <= before * (1 - by)
         return after < before or (after == before and len(new) < len(old))
 
     def _cost(self, node: ir.Node) -> float:
@@ -141,7 +151,8 @@ class Target(BaseModel):
         moved = sum(self._bytes(v) for v in node.outputs) + sum(
             self._bytes(v) for v in node.inputs if v is not None and not _is_constant(v)
         )
-        total = self.costs.node + moved / (self.costs.gigabytes * 1e3)
+        rate = self.costs.scattered if _moves_elements(node) else self.costs.gigabytes
+        total = self.costs.node + moved / (rate * 1e3)
         if node.op_type in _PRODUCTS:
             # With few rows it takes longer to read the weights than to multiply by them.
             weights = sum(self._bytes(v) for v in node.inputs if v is not None and _is_constant(v))
@@ -182,6 +193,16 @@ class Target(BaseModel):
                 flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
                 reduction = dims[-1] if flipped else dims[-2]
         return float(self._elements(node.outputs[0]) * reduction)
+
+
+def _moves_elements(node: ir.Node) -> bool:
+    """Whether a node looks every element up by itself, and has no longer stretch to copy."""
+    if node.op_type != "Gather" or node.domain != "":
+        return node.op_type == "GatherElements" and node.domain == ""
+    data = node.inputs[0]
+    rank = None if data is None or data.shape is None else len(data.shape)
+    axis = node.attributes.get_int("axis", 0)
+    return axis == -1 or (rank is not None and axis == rank - 1)
 
 
 def _is_constant(value: ir.Value) -> bool:

@@ -25,6 +25,8 @@ Array = npt.NDArray[Any]
 
 JOINT = 4
 """At most so many sites share their pivots: with each the coefficients grow, and with them what rounding does."""
+LEAST_GAIN = 0.05
+"""The share of the time that the form must save by the cost profile, which does not see all that smaller nodes cost."""
 _HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -106,7 +108,8 @@ class Pivot(Pass):
         "Gather stays, if the whole is still cheaper",
         refuses="factors that something else reads; quantised factors; a rank that is full on one side; convolutions "
         "whose second (row form) or first (column form) is not of one position; channels whose class is pinned, where "
-        "a Gather costs what the form saves",
+        "a Gather costs what the form saves; what saves less than 5 % of the time by the target's cost profile, unless "
+        "factorize counted on it",
         costs="a QR of one factor and an elimination of rows, O(m (m - r) r), while rewriting; the rest when the model "
         "is saved. Saves the fraction r / (m + n) of the factors' weights and multiplications. In 16 bits the "
         "coefficients amplify rounding about three times: it is kept where that is within the rounding rule",
@@ -364,7 +367,8 @@ def _fold(ctx: Context, cls: ChannelClass, members: list[tuple[Site, bool]]) -> 
     # Each choice of sites has a rule of its own: that one was taken back does not speak against the others.
     forms = dict.fromkeys("rows" if rows else "columns" for _, rows in members)
     rule = ("-".join(forms) if len(members) == 1 else f"{'-'.join(forms)}-of-{len(members)}") + _suffix(members[0][0])
-    return relabel(ctx, cls, order, rule=rule, overrides=overrides, certain=any(site.owed for site, _ in members))
+    owed = any(site.owed for site, _ in members)
+    return relabel(ctx, cls, order, rule=rule, overrides=overrides, certain=owed, by=LEAST_GAIN)
 
 
 def _with_gather(ctx: Context, site: Site, order: Array) -> tuple[list[ir.Node], ir.Value]:
@@ -378,7 +382,7 @@ def _with_gather(ctx: Context, site: Site, order: Array) -> tuple[list[ir.Node],
 def _is_cheaper(ctx: Context, site: Site) -> bool:
     """Whether the row form with a Gather is cheaper, asked before its pivots are chosen: any order costs the same."""
     nodes, _ = _with_gather(ctx, site, np.arange(site.second.outputs))
-    cheaper = ctx.target.cheaper(nodes, site.nodes)
+    cheaper = ctx.target.cheaper(nodes, site.nodes, by=LEAST_GAIN)
     for node in nodes:
         graphs.detach(node)
     return cheaper
