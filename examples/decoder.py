@@ -258,7 +258,7 @@ def main(folder: Path, sizes: Sizes | None = None, *, seconds: float = 4.0) -> N
     report = graphopt.optimize(factors, optimized, recipe=[RECIPE])
     assert report.verification is not None
     kept = ", ".join(f"{record.name} {record.kept}" for record in report.passes if record.kept)
-    print(f"{optimized.name}: {kept}. Against {factors.name}: {report.verification.verdict}.\n")
+    print(f"{optimized.name}: {kept}.\nAgainst {factors.name}: {report.verification.verdict}.\n")
 
     worst = compare(dense, [factors, optimized], sizes, prompt=PROMPT, steps=STEPS)
     prefill = timed(paths, sizes, length=PROMPT, past=0, seconds=seconds)

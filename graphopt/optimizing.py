@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt import garbage, gates, graphs
-from graphopt.attempts import Plan, Progress, run_attempt
+from graphopt.attempts import Attempt, Plan, Progress, run_attempt
 from graphopt.cases import read_feeds
 from graphopt.checking import Checked, check
 from graphopt.errors import BadInput, GateFailed
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # How often a run may be repeated without what was refused. Each repetition skips at least one application.
 MAX_ATTEMPTS = 12
+# In so many of the last ones a pass that is refused something is left out as a whole.
+PATIENCE = 4
 
 
 @garbage.paused()
@@ -110,7 +112,7 @@ def optimize(
     undone: dict[str, str] = {}
     size = 0
     reused: ir.Model | None = model
-    for _ in range(MAX_ATTEMPTS):
+    for number in range(MAX_ATTEMPTS):
         attempt = run_attempt(plan, skip=undone, model=reused, watch=verify, progress=say)
         reused = None
         gates.require_lossy_effect(attempt.records, undone, str(source))
@@ -125,6 +127,8 @@ def optimize(
                     checked = check(plan, attempt, staged.staged_path)
             if checked.refused:
                 undone.update(checked.refused)
+                if number >= MAX_ATTEMPTS - PATIENCE:
+                    undone.update(_whole_passes(checked.refused, attempt))
                 del attempt, checked
                 gc.collect()  # it is paused, and graphs are cyclic
                 continue
@@ -161,6 +165,13 @@ def optimize(
         undone=undone,
         seconds=time.perf_counter() - start,
     )
+
+
+def _whole_passes(refused: Mapping[str, str], attempt: Attempt) -> dict[str, str]:
+    """Keys that leave out the passes of refused applications; not of lossy ones, which were asked for."""
+    lossy = {record.name for record in attempt.records if record.kind == Kind.LOSSY.value}
+    names = {key.partition(":")[0]: reason for key, reason in refused.items()}
+    return {f"{name}:": reason for name, reason in names.items() if name not in lossy}
 
 
 def _require_budget(plan: Plan, *, verify: bool, has_budget: bool) -> None:

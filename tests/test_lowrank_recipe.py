@@ -161,7 +161,7 @@ def test_an_old_opset(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["factors", "product"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_sizes_at_which_it_pays(name: str, form: str, tmp_path: Path) -> None:
-    """On the target that ships: smaller, correct, and done when done again."""
+    """On the target that ships: smaller, correct, and all but done when done again."""
     size = {"channels": 96} if "resnet" in name else {"width": 192, "hidden": 512}
     if name == "resnet, smaller":
         before = blocks.resnet_block(outputs=128, stride=2, norm="kept", form=form, density=0.9, **size)
@@ -171,7 +171,8 @@ def test_sizes_at_which_it_pays(name: str, form: str, tmp_path: Path) -> None:
     assert elements(after) < (0.97 if form == "factors" else 0.85) * elements(before)
     second, _ = optimized(tmp_path / "once.onnx", "onnxruntime", out="twice.onnx")
     assert first.output is not None and second.output is not None
-    assert second.output.parameters == first.output.parameters
+    # What was pivoted can free a permutation that was pinned before: its indices go, and nothing else.
+    assert 0.999 * first.output.parameters < second.output.parameters <= first.output.parameters
 
 
 @pytest.mark.slow

@@ -506,8 +506,8 @@ def test_progress_says_what_is_done(net: Path) -> None:
     assert any(text.startswith("remove-identities (") for text in heard)
 
 
-def test_a_limit_of_repetitions(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass whose every application is wrong and has another key each time never ends by itself."""
+def _endless() -> type[Pass]:
+    """A pass whose every application is wrong and has another key each time."""
     count = 0
 
     def endless(ctx: Context) -> None:
@@ -517,9 +517,22 @@ def test_a_limit_of_repetitions(net: Path, monkeypatch: pytest.MonkeyPatch) -> N
         new = ctx.node("Add", node.inputs, like=node.outputs[0])
         ctx.replace({node.outputs[0]: new.outputs[0]}, [new], rule=f"r{count}", certain=True)
 
+    return whole(endless, name="endless")
+
+
+def test_a_pass_that_is_refused_again_and_again_is_left_out(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = graphopt.optimize(net, recipe=(), settings=register(monkeypatch, _endless()))
+    assert report.verification.verdict == "passed"
+    assert [(p.name, p.kept) for p in report.passes] == [("endless", 0)]
+    assert "endless:" in report.undone
+
+
+def test_a_limit_of_repetitions(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where leaving out passes does not help, nothing is written."""
+    monkeypatch.setattr(optimizing, "PATIENCE", 0)
     before = contents(net.parent)
     with pytest.raises(GateFailed, match=r"verification keeps failing: endless:r\d+@s: .*nothing was written"):
-        graphopt.optimize(net, recipe=(), settings=register(monkeypatch, whole(endless, name="endless")))
+        graphopt.optimize(net, recipe=(), settings=register(monkeypatch, _endless()))
     assert contents(net.parent) == before
 
 

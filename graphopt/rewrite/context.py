@@ -24,7 +24,7 @@ class Context:
     Args:
         model: Changed in place.
         target: What the result runs on.
-        skip: Keys of applications not to make: those that a check has refused.
+        skip: Keys of applications not to make: those that a check has refused. ``pass:`` stands for all of a pass.
         observers: Told of every replacement before it happens.
         feeds: Calibration data for passes that need some; None where the user gave none.
         store: For results of long computations on weights.
@@ -164,7 +164,11 @@ class Context:
         assert isinstance(graph, ir.Graph)
 
         key = self._key(rule, old_values[0].name)
-        if key in self.skip or (self.limit is not None and len(self.applications) >= self.limit):
+        if (
+            key in self.skip
+            or f"{self._current.name}:" in self.skip
+            or (self.limit is not None and len(self.applications) >= self.limit)
+        ):
             return self._drop(nodes)
         unsupported = next(filter(None, (self.target.refuses(node, self.opset) for node in nodes)), None)
         if unsupported is not None:
@@ -217,7 +221,11 @@ class Context:
         """
         assert self._current is not None, "remove() works inside a pass only"
         key = self._key(rule, name)
-        if key in self.skip or (self.limit is not None and len(self.applications) >= self.limit):
+        if (
+            key in self.skip
+            or f"{self._current.name}:" in self.skip
+            or (self.limit is not None and len(self.applications) >= self.limit)
+        ):
             return False
         application = Application(key, self._current.name, rule, self._current.kind, list(sources))
         for observer in self.observers:

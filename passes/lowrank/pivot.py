@@ -27,6 +27,9 @@ JOINT = 4
 """At most so many sites share their pivots: with each the coefficients grow, and with them what rounding does."""
 LEAST_GAIN = 0.05
 """The share of the time that the form must save by the cost profile, which does not see all that smaller nodes cost."""
+MOST_AMPLIFIED = 3.0
+"""Times that rounding errors may grow on random inputs. The rule allows four, on inputs that are not random."""
+_SAMPLES = 64
 _HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -140,7 +143,7 @@ class Pivot(Pass):
                         continue  # an earlier class took its nodes along: it is looked at anew
                     tried.add(name)
                     before = ctx.not_cheaper[self.name]
-                    if _fold(ctx, cls, members):
+                    if _fold(ctx, cls, members, lossy=self.kind is Kind.LOSSY):
                         progress = True
                         break
                     dear = ctx.not_cheaper[self.name] > before
@@ -184,6 +187,10 @@ class Pivot(Pass):
             if order is None:
                 ctx.refuse(site.nodes[-1], "no rows of it span the others")
                 return
+            reason = None if self.kind is Kind.LOSSY else _too_coarse(ctx, [(tried, True)], order)
+            if reason is not None:
+                ctx.refuse(site.nodes[-1], reason)
+                continue
             nodes, y = _with_gather(ctx, tried, order)
             if ctx.replace({site.y: y}, nodes, rule=f"rows-gather{_suffix(tried)}", certain=always):
                 return
@@ -354,10 +361,13 @@ def _is_turned(linear: Linear) -> bool:
     return linear.spelling is Spelling.GEMM and linear.x_axis != linear.y_axis
 
 
-def _fold(ctx: Context, cls: ChannelClass, members: list[tuple[Site, bool]]) -> bool:
+def _fold(ctx: Context, cls: ChannelClass, members: list[tuple[Site, bool]], *, lossy: bool) -> bool:
     """Pivot the sites of a class on the same channels, and bring the class into the order of the pivots."""
     order = _order(ctx, members)
     if order is None:
+        return False
+    if not lossy and (reason := _too_coarse(ctx, members, order)) is not None:
+        ctx.refuse(members[0][0].nodes[-1], reason)
         return False
     overrides: dict[ir.Node, Override] = {}
     for site, rows in members:
@@ -369,6 +379,12 @@ def _fold(ctx: Context, cls: ChannelClass, members: list[tuple[Site, bool]]) -> 
     rule = ("-".join(forms) if len(members) == 1 else f"{'-'.join(forms)}-of-{len(members)}") + _suffix(members[0][0])
     owed = any(site.owed for site, _ in members)
     return relabel(ctx, cls, order, rule=rule, overrides=overrides, certain=owed, by=LEAST_GAIN)
+
+
+def _too_coarse(ctx: Context, members: list[tuple[Site, bool]], order: Array) -> str | None:
+    """Why verification would take a form back, where its rounding says so; None where it should pass."""
+    worst = max(_amplification(ctx, site, order, rows=rows) for site, rows in members)
+    return f"rounding errors would be {worst:.1f} times those of the factors" if worst > MOST_AMPLIFIED else None
 
 
 def _with_gather(ctx: Context, site: Site, order: Array) -> tuple[list[ir.Node], ir.Value]:
@@ -427,8 +443,8 @@ def _order(ctx: Context, members: list[tuple[Site, bool]]) -> Array | None:
     return ctx.store.arrays(key, compute).get("order")
 
 
-def _side(ctx: Context, site: Site, order: Array, *, rows: bool) -> Side:
-    """The constants of a form, computed when they are read."""
+def _form(ctx: Context, site: Site, order: Array, *, rows: bool) -> Callable[[], Arrays]:
+    """``kept``, (pivots, inputs[, *kernel]) or (outputs, pivots[, *kernel]), and ``coefficients``, a kernel of ones."""
     dtype, r = site.second.weight.dtype, site.pivots
     m, n = site.second.outputs, site.first.inputs
     kernel = site.first.kernel if rows else site.second.kernel
@@ -448,8 +464,48 @@ def _side(ctx: Context, site: Site, order: Array, *, rows: bool) -> Side:
             coefficients = made.coefficients.T.reshape(r, n - r, *[1] * len(site.first.kernel))
         return {"kept": np.ascontiguousarray(kept), "coefficients": np.ascontiguousarray(coefficients)}
 
+    return lambda: ctx.store.arrays(key, compute)
+
+
+def _amplification(ctx: Context, site: Site, order: Array, *, rows: bool) -> float:
+    """How many times larger the rounding errors of a form are than those of the factors, in float32 on random inputs.
+
+    Verification measures it on the values of the model, and each form that it takes back is a run of everything.
+    """
+    if site.second.weight.dtype is not ir.DataType.FLOAT:
+        return 0.0
+    try:
+        form = _form(ctx, site, order, rows=rows)()
+    except ValueError:  # the first rows do not span the others, or a number does not fit the type
+        return float("inf")
+    kept, coefficients = form["kept"], form["coefficients"]
+    left, right = site.left(), site.right()
+    u = np.moveaxis(left, 1, -1).reshape(-1, left.shape[1])
+    v = right.reshape(right.shape[0], -1)
+    x = np.random.default_rng(0).standard_normal((_SAMPLES, v.shape[1])).astype(np.float32)
+    exact = (x.astype(np.float64) @ v.T.astype(np.float64)) @ u.T.astype(np.float64)
+    plain = (x @ v.T.astype(np.float32)) @ u.T.astype(np.float32)
+    c = coefficients.reshape(coefficients.shape[:2])
+    if rows:
+        t = x @ kept.reshape(len(kept), -1).T
+        found = np.empty_like(plain)
+        found[:, order] = np.concatenate([t, t @ c.T], axis=1)
+    else:
+        ordered = x[:, order]
+        inner = ordered[:, : site.pivots] + ordered[:, site.pivots :] @ c.T
+        found = inner @ np.moveaxis(kept, 1, -1).reshape(-1, site.pivots).T
+    before, after = float(np.abs(plain - exact).max()), float(np.abs(found - exact).max())
+    return after / before if before > 0 else 0.0
+
+
+def _side(ctx: Context, site: Site, order: Array, *, rows: bool) -> Side:
+    """The constants of a form, computed when they are read."""
+    r, m, n = site.pivots, site.second.outputs, site.first.inputs
+    kernel = site.first.kernel if rows else site.second.kernel
+    form = _form(ctx, site, order, rows=rows)
+
     def part(name: str) -> Callable[[], Array]:
-        return lambda: ctx.store.arrays(key, compute)[name]
+        return lambda: form()[name]
 
     base = (site.first.weight.root.name or "weight").removesuffix("_kept")
     kept_shape = (r, n, *kernel) if rows else (m, r, *kernel)
