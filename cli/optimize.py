@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from graphopt.report import Report
 
 
+MOST_NAMED = 4
+
+
 @click.command("optimize", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx")
 @click.option("-o", "--out", metavar="OUT.onnx", help="Where to write. Default: IN.opt.onnx.")
@@ -101,7 +104,8 @@ def _named(recipe: tuple[str, ...], settings: tuple[str, ...], report: Report) -
     named = {setting.partition("=")[0].rpartition(".")[0] for setting in settings}
     for found in load_recipes(recipe):
         passes = {step.name for step in found.passes}
-        if found.name != "safe" and worked.isdisjoint(passes):
+        # Of a long recipe that found nothing, a list of all it has would say less than that.
+        if found.name != "safe" and worked.isdisjoint(passes) and len(passes) <= MOST_NAMED:
             named |= passes
     return named
 

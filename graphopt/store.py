@@ -56,7 +56,9 @@ class Store:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise BadInput(f"cannot make the folder: {error.strerror}", where=str(folder)) from error
+                raise BadInput(
+                    f"cannot make the folder: {error.strerror}", where=str(folder), hint="--work takes a folder"
+                ) from error
 
     def arrays(self, key: str, compute: Callable[[], Arrays]) -> Arrays:
         """The result under a key: remembered, or computed now."""

@@ -334,6 +334,11 @@ class _Config:
     rank: int
     rooted: bool
     alphas: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def rank_of(self, name: str) -> int:
+        """The rank that a module's adapter must have."""
+        return next((r for pattern, r in self.ranks.items() if _fits(pattern, name)), self.rank)
 
     def scale(self, name: str, rank: int) -> float:
         alpha = next((a for pattern, a in self.alphas.items() if _fits(pattern, name)), self.alpha)
@@ -395,7 +400,14 @@ def _adapter(state: State, name: str, keys: dict[str, str], config: _Config, *, 
     bare = re.sub(r"\.base_layer$", "", name)
     names = (bare, f"{bare}.base_layer")
     layout = Layout(second[0], first[1], first[0])
-    factor = config.scale(re.sub(r"^base_model\.model\.", "", bare), first[0])
+    module = re.sub(r"^base_model\.model\.", "", bare)
+    if first[0] != config.rank_of(module):
+        raise BadInput(
+            f"the adapter has rank {first[0]}, adapter_config.json says {config.rank_of(module)}",
+            where=where,
+            hint="the scale is alpha / rank: is it the configuration of this adapter?",
+        )
+    factor = config.scale(module, first[0])
     return Module(names, Form.ADAPTER, keys, (layout,), kernel=first[2:], factor=factor, embedding=table)
 
 
@@ -412,11 +424,18 @@ def _read_config(state: State) -> _Config:
                 where=str(path),
                 hint="merge it in torch (merge_and_unload) and export the result",
             )
+        if found.get("modules_to_save"):
+            raise BadInput(
+                f"modules_to_save: {', '.join(map(str, found['modules_to_save']))} were trained as a whole",
+                where=str(path),
+                hint="merge it in torch (merge_and_unload) and export the result",
+            )
         return _Config(
             float(found["lora_alpha"]),
             int(found["r"]),
             bool(found.get("use_rslora")),
             {str(key): float(value) for key, value in (found.get("alpha_pattern") or {}).items()},
+            {str(key): int(value) for key, value in (found.get("rank_pattern") or {}).items()},
         )
     except FileNotFoundError as error:
         raise BadInput(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt import graphs
+from graphopt import graphs, weights
 from graphopt.errors import BadInput, GateFailed
 from graphopt.files import load_model, stage_model
 from graphopt.importing.formats import Form, Module, recognise
@@ -122,6 +122,8 @@ def import_factors(
         MissingDependency: The state dict is a torch file and torch is not installed.
     """
     say = progress or (lambda text: None)
+    if Path(out).exists() and Path(state).exists() and Path(out).samefile(state):
+        raise BadInput("is the checkpoint: it would be overwritten", where=str(out), hint="give -o another name")
     say("reading")
     opened = open_state(state)
     modules = recognise(opened)
@@ -130,6 +132,15 @@ def import_factors(
     say("matching")
     matches = _match(graph, opened, modules, replace=replace)
     rows = [_row(match) for match in matches]
+    read = {key for match in matches for key in match.module.keys.values()}
+    _require_finite(opened, read)
+    others = _other_weights(graph, opened, read)
+    if others and not replace:
+        raise BadInput(
+            f"{others[0]} is another tensor in the graph, and is not part of a module that can be imported",
+            where=str(opened.path),
+            hint="export the graph from the network of this checkpoint; with --replace the graph's own numbers stay",
+        )
     say("writing")
     interface = interface_of(graph)
     known = frozenset(check_structure(graph))
@@ -148,10 +159,8 @@ def import_factors(
         say("verifying")
         verification = _verify(model, staged.staged_path, matches, replace=replace)
         staged.commit()
-    read = {key for match in matches for key in match.module.keys.values()}
-    return ImportReport(
-        str(out), rows, sum(key not in read for key in opened.shapes), replace, verification, _notes(rows, beside)
-    )
+    unread = sum(key not in read for key in opened.shapes)
+    return ImportReport(str(out), rows, unread, replace, verification, _notes(rows, beside, others))
 
 
 def _match(model: ir.Model, state: State, modules: Sequence[Module], *, replace: bool) -> list[Match]:
@@ -286,8 +295,47 @@ def _row(match: Match) -> ImportedModule:
     )
 
 
-def _notes(rows: Sequence[ImportedModule], beside: Sequence[str]) -> list[str]:
+def _require_finite(state: State, read: Collection[str]) -> None:
+    for key in sorted(read):
+        array = state.read(key)
+        if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
+            continue
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise BadInput("holds NaN or infinity", where=f"{state.path}: {key}", hint="is the checkpoint damaged?")
+
+
+def _other_weights(model: ir.Model, state: State, read: Collection[str]) -> list[str]:
+    """Tensors of the state dict that belong to no module, and that the graph holds under their names, but other."""
+    bare = {_bare(key): key for key in state.shapes if key not in read}
+    found = []
+    for name, value in model.graph.initializers.items():
+        key = bare.get(_bare(name))
+        tensor = value.const_value
+        if key is None or tensor is None or not tensor.dtype.is_floating_point():
+            continue
+        theirs = state.read(key).astype(np.float64)
+        ours = weights.read(tensor).astype(np.float64)
+        same = [turned for turned in (ours, ours.T) if turned.shape == theirs.shape]
+        limit = 8 * max(eps(state.dtype(key)), eps(np.dtype(tensor.dtype.numpy())))
+        floor = limit * float(np.abs(theirs).max(initial=0.0))
+        # Of another shape the name means something else here.
+        if same and not any(np.allclose(one, theirs, rtol=limit, atol=floor) for one in same):
+            found.append(key)
+    return sorted(found)
+
+
+def _bare(name: str) -> str:
+    """A tensor's name without what wrappers put before it."""
+    for prefix in ("base_model.model.", "module.", "model."):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _notes(rows: Sequence[ImportedModule], beside: Sequence[str], others: Sequence[str]) -> list[str]:
     notes = []
+    if others:
+        listed = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        notes.append(f"{len(others)} tensors are others in the graph, whose own stay: {listed}")
     present = [row.name for row in rows if row.present]
     larger = [row.name for row in rows if row.form != Form.ADAPTER and row.after >= row.before and not row.present]
     for names, told in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any, ClassVar, Literal
 
@@ -38,7 +39,7 @@ class Parameters(BaseModel):
     """How far, and how. Without ``density``, ``energy`` or ``rank`` the pass does nothing.
 
     Attributes:
-        density: The fraction of the linear weights' elements that is kept, over the whole model.
+        density: The fraction of elements that is kept of all weights that can be factorised, taken together.
         energy: Of each weight, the fraction of its squared singular values that is kept.
         rank: Of each weight, the rank.
         method: svd: the best factors of the weight; weighted: the best for the inputs that the data show; m: those,
@@ -64,6 +65,11 @@ class Parameters(BaseModel):
     steps: int = Field(default=2, ge=1, le=16)
     skip: list[str] = Field(default_factory=list)
 
+
+_NOISE = 1e-3
+"""Of the squared singular values' sum: what is left below this says nothing of a weight's sensitivity."""
+_UNSEEN = 0.1
+"""How much the directions that too few samples did not show count, against the mean of those that they did."""
 
 Settings = Parameters  # its name means the class attribute within the pass
 
@@ -122,6 +128,10 @@ class Factorize(Pass):
                 f"the method {settings.method} looks at data", where=f"pass {self.name}", hint="give --calibration"
             )
         weights = dense_weights(ctx, settings.skip)
+        for pattern in settings.skip:
+            names = [value.name or "" for graph in ctx.graphs() for value in graph.initializers.values()]
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise BadInput(f"skip: no constant is named like '{pattern}'", where=f"pass {self.name}")
         if not weights:
             return
         candidates = self._decompose(ctx, weights)
@@ -159,7 +169,13 @@ class Factorize(Pass):
         settings = self.settings
         shapes = [(c.weight.outputs, c.weight.inputs) for c in candidates]
         if settings.rank is not None:
-            return [_useful(settings.rank, c) for c in candidates]
+            ranks = [_useful(settings.rank, c) for c in candidates]
+            for c, rank in zip(candidates, ranks, strict=True):
+                if rank is None:
+                    m, n = c.weight.outputs, c.weight.inputs
+                    told = f"of rank {settings.rank} it would hold no fewer elements than its {m} x {n}"
+                    ctx.refuse(c.weight.nodes[0], f"{c.weight.name}: {told}")
+            return ranks
         if settings.energy is not None:
             spectra = (ctx.store.arrays(c.key, dict)["values"] for c in candidates)
             return [
@@ -174,7 +190,7 @@ class Factorize(Pass):
             ]
         weights = [c.weight for c in candidates]
         references = [
-            min(max(1, rank_at_density(m, n, settings.density, c.form)), min(m, n) - 1)
+            _reference(ctx.store.arrays(c.key, dict)["values"], rank_at_density(m, n, settings.density, c.form))
             for c, (m, n) in zip(candidates, shapes, strict=True)
         ]
         trials = [
@@ -277,11 +293,26 @@ def _grams(ctx: Context, weights: Sequence[DenseWeight]) -> dict[DenseWeight, Ar
     for weight in weights:
         parts: list[Moments] = [found[tap] for tap in weight.taps if tap in found]
         if len(parts) == len(weight.taps):
-            grams[weight] = sum((part.gram for part in parts), np.zeros(()))
+            rows = sum(part.rows for part in parts)
+            grams[weight] = _spread(sum((part.gram for part in parts), np.zeros(())), rows)
+            if rows < 2 * weight.inputs:
+                told = f"the data show {rows} rows for {weight.inputs} inputs: with more samples it would be closer"
+                ctx.refuse(weight.nodes[0], f"{weight.name}: {told}")
         else:
             reason = next(refused[tap] for tap in weight.taps if tap in refused)
             ctx.refuse(weight.nodes[0], f"{weight.name}: the data do not weigh it: {reason}")
     return grams
+
+
+def _spread(gram: Array, rows: int) -> Array:
+    """A Gram matrix in which directions that too few rows did not show count a little.
+
+    Otherwise a weight would seem to lose nothing at the rank of the data, and be fitted to them alone.
+    """
+    n = len(gram)
+    if rows >= 2 * n or n == 0:
+        return gram
+    return gram + np.eye(n) * (_UNSEEN * n / (n + rows) * float(np.trace(gram)) / n)
 
 
 def _best(ctx: Context, weight: DenseWeight, gram: Array | None) -> Arrays:
@@ -300,6 +331,16 @@ def _best(ctx: Context, weight: DenseWeight, gram: Array | None) -> Arrays:
 def _cut(best: Arrays, rank: int) -> Factors:
     """The best factors of a lower rank: the first columns and rows."""
     return Factors(best["left"][:, :rank], best["right"][:rank])
+
+
+def _reference(values: Array, rank: int) -> int:
+    """The rank at which a weight's error is measured: at most ``rank``, and low enough that there is an error.
+
+    Where few samples span few directions the tail is nothing but rounding, and so would the sensitivity be.
+    """
+    losses = budget.tail_losses(values)
+    seen = int(np.argmax(losses <= _NOISE * losses[0]))  # the first rank that leaves next to nothing
+    return max(1, min(rank, seen - 1, len(values) - 1))
 
 
 def _useful(rank: int, candidate: _Candidate) -> int | None:

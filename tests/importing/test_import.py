@@ -448,6 +448,9 @@ def test_prefixes_and_the_name_of_the_adapter(tmp_path: Path, prefix: str) -> No
         ({"layers.0.fc1.lora_magnitude_vector": random(12)}, {}, "lora_magnitude_vector is of DoRA"),
         ({"head.modules_to_save.weight": random(3, 3)}, {}, "replaces a whole module"),
         ({"layers.0.fc1.bias": random(12)}, {}, "is a bias that was trained beside the adapter"),
+        ({}, {"modules_to_save": ["head"]}, "modules_to_save: head were trained as a whole"),
+        ({}, {"r": 4}, "the adapter has rank 2, adapter_config.json says 4"),
+        ({"layers.0.fc1.lora_B.weight": B * np.nan}, {}, "holds NaN or infinity"),
         ({}, {"peft_type": "LOHA"}, "is an adapter of the kind LOHA; only LORA"),
         ({}, {"lora_alpha": None}, "is no configuration of a LoRA adapter"),
         ({"layers.0.fc1.lora_A.b.weight": A, "layers.0.fc1.lora_B.b.weight": B}, {}, "holds several adapters"),
@@ -474,3 +477,42 @@ def test_an_adapter_needs_more_than_one_part_of_a_name(tmp_path: Path) -> None:
     tensors = {"fc1.lora_A.weight": A, "fc1.lora_B.weight": B}
     with pytest.raises(BadInput, match="no product of the graph has this name"):
         import_factors(model, adapter(tmp_path / "lora", tensors), tmp_path / "o.onnx")
+
+
+def test_the_rank_that_a_pattern_says(tmp_path: Path) -> None:
+    model = Dense(8).linear("layers.0.fc1", random(12, 8)).save(tmp_path / "m.onnx")
+    folder = adapter(tmp_path / "lora", LORA, r=4, rank_pattern={"fc1": 2})
+    assert import_factors(model, folder, tmp_path / "o.onnx").modules[0].rank == 2
+
+
+# ---- what else the checkpoint says of the graph ----------------------------------------------------------------------
+
+
+def test_another_tensor_of_the_checkpoint_differs(tmp_path: Path) -> None:
+    """The graph is of another network, or of another state of it: what is not imported would be silently old."""
+    state, matrix = factors(FC, KINDS[0])
+    head = random(4, 12)
+    dense = Dense(8).linear(FC, matrix).add("Relu").linear("head", head, random(4), how="matmul")
+    same = {**state, "model.head.bias": random(4)}
+    imported(tmp_path, dense, same)
+    (tmp_path / "o.onnx").unlink()
+    other = {**state, "model.head.bias": random(4) + 1}
+    assert "head.bias is another tensor in the graph" in refused(tmp_path, dense, other)
+    report = imported(tmp_path, dense, other, replace=True)
+    assert any("1 tensors are others in the graph" in note for note in report.notes)
+
+
+def test_the_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    state, matrix = factors(FC, KINDS[0])
+    model = Dense(8).linear(FC, matrix).save(tmp_path / "m.onnx")
+    path = save_state(tmp_path / "s.safetensors", state)
+    before = path.read_bytes()
+    with pytest.raises(BadInput, match="is the checkpoint: it would be overwritten"):
+        import_factors(model, path, path)
+    assert path.read_bytes() == before
+
+
+def test_factors_that_are_not_finite(tmp_path: Path) -> None:
+    state, matrix = factors(FC, KINDS[0])
+    broken = {key: array * np.float32("nan") if array.dtype.kind == "f" else array for key, array in state.items()}
+    assert "holds NaN or infinity" in refused(tmp_path, Dense(8).linear(FC, matrix), broken, replace=True)

@@ -406,3 +406,45 @@ def test_a_folder_of_the_users(tmp_path: Path) -> None:
         files.append(out.read_bytes())
     assert files[0] == files[1]
     assert list((tmp_path / "work").glob("*.npz"))
+
+
+# ---- few samples, and parameters that mean nothing -------------------------------------------------------------------
+
+
+def two_layers() -> onnx.ModelProto:
+    g = G(17)
+    x = g.input("x", "batch", 96)
+    inner = g.op("Relu", g.op("MatMul", x, g.const(random((96, 128), seed=1))))
+    g.output(g.op("MatMul", inner, g.const(random((128, 96), seed=2))))
+    return g.model()
+
+
+@pytest.mark.parametrize("samples", [4, 20, 40, 64])
+@pytest.mark.parametrize("density", [0.5, 0.8])
+def test_few_samples_do_not_make_a_weight_worthless(samples: int, density: float) -> None:
+    """Below the rank of the data there is no error to measure, and it does not follow that one is enough."""
+    before = two_layers()
+    feeds = [{"x": random((1, 96), seed=i)} for i in range(samples)]
+    after = factorized(before, feeds, density=density, method="weighted", form="factors")
+    inner = [min(v.shape.numpy()) for v in after.graph.initializers.values() if v.shape is not None and v.name]
+    assert min(inner) > 10
+    unseen = [{"x": random((1, 96), seed=1000 + i)} for i in range(8)]
+    assert error(before, after, unseen) < 0.9
+
+
+def test_too_few_samples_are_told() -> None:
+    _, records = run_pass(two_layers(), Factorize, feeds=[{"x": random((1, 96))}], density=0.5, method="weighted")
+    assert "the data show 1 rows for 96 inputs" in reasons(records)
+
+
+def test_a_pattern_that_names_nothing() -> None:
+    model = ir.from_proto(two_layers())
+    infer_shapes(model)
+    ctx = Context(model, load_target("onnxruntime"))
+    with pytest.raises(BadInput, match=r"skip: no constant is named like 'nothing\*'"):
+        run_passes(ctx, [Factorize({"density": 0.5, "method": "svd", "skip": ["nothing*"]})])
+
+
+def test_a_rank_that_saves_nothing() -> None:
+    _, records = run_pass(two_layers(), Factorize, rank=90, method="svd", form="factors")
+    assert "of rank 90 it would hold no fewer elements than its 128 x 96" in reasons(records)
