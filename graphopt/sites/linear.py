@@ -161,7 +161,7 @@ class Linear:
             bias: Of ``outputs`` elements, or None.
             outputs: Channels of the result, where they are others than those of y.
         """
-        like = _resized(self.y, self.y_axis, self.outputs if outputs is None else outputs)
+        like = resized(self.y, self.y_axis, self.outputs if outputs is None else outputs)
         if self.spelling is Spelling.GATHER:
             return ctx.node("Gather", [constant, x], self.node.attributes, like=like)
         if self.spelling is Spelling.LEFT:
@@ -302,7 +302,7 @@ def _ints(node: ir.Node, name: str) -> tuple[int, ...]:
     return () if attribute is None else tuple(attribute.as_ints())
 
 
-def _resized(value: ir.Value, axis: int, size: int) -> ir.Value:
+def resized(value: ir.Value, axis: int, size: int) -> ir.Value:
     """A value of the same type whose ``axis`` has another size: a model for a new output."""
     if value.shape is None:
         return ir.Value(type=value.type)

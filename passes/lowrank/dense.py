@@ -11,13 +11,10 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.moments import Tap, tap_of
-from graphopt.passes.lowrank.hidden import factored
+from graphopt.passes.lowrank.hidden import LEAST, factored
 from graphopt.rewrite import Context
 from graphopt.sites import ROOTS, Linear, Spelling, linear_at
 from graphopt.store import digest
-
-LEAST = 48
-"""Of a smaller side there is nothing to gain."""
 
 
 @dataclass(frozen=True, eq=False)

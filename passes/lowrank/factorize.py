@@ -26,10 +26,10 @@ from graphopt.numerics.low_rank import (
 )
 from graphopt.numerics.reconstruct import reconstruct
 from graphopt.passes.lowrank.dense import DenseWeight, dense_weights
+from graphopt.passes.lowrank.factor_chain import factor_constants, factor_nodes
 from graphopt.passes.lowrank.hidden import FORM
 from graphopt.passes.lowrank.sensitivity import sensitivities
 from graphopt.rewrite import Context, Explanation, Kind, Pass, Stage
-from graphopt.sites import Linear
 from graphopt.store import Arrays, digest
 
 Array = npt.NDArray[Any]
@@ -355,30 +355,10 @@ def _write(ctx: Context, candidate: _Candidate, factors: Callable[[], Factors]) 
     rank = factors().rank
     shared: tuple[ir.Value, ir.Value] | None = None
     for linear in candidate.weight.linears():
-        right, left = shared or _constants(ctx, linear, factors, rank)
-        inner = linear.apply(ctx, linear.x, right, outputs=rank)
-        outer = linear.follower().apply(ctx, inner.outputs[0], left, linear.bias)
+        made = shared or factor_constants(ctx, linear, rank, lambda: factors().right, lambda: factors().left)
+        inner, outer = factor_nodes(ctx, linear, rank, *made)
         if candidate.form == "pivot":
             outer.metadata_props[FORM] = "pivot"
         # The budget decides, not the clock: where a pivot form follows, the factors may hold more than the weight.
         if ctx.replace({linear.y: outer.outputs[0]}, [inner, outer], rule="factors", certain=True):
-            shared = (right, left)
-
-
-def _constants(ctx: Context, linear: Linear, factors: Callable[[], Factors], rank: int) -> tuple[ir.Value, ir.Value]:
-    dtype = linear.weight.dtype.numpy()
-    name = linear.weight.root.name or "weight"
-    ones = (1,) * len(linear.kernel)
-    right = linear.constant(
-        ctx,
-        f"{name}_right",
-        (rank, linear.inputs, *linear.kernel),
-        lambda: factors().right.reshape(rank, linear.inputs, *linear.kernel).astype(dtype),
-    )
-    left = linear.follower().constant(
-        ctx,
-        f"{name}_left",
-        (linear.outputs, rank, *ones),
-        lambda: factors().left.reshape(linear.outputs, rank, *ones).astype(dtype),
-    )
-    return right, left
+            shared = made

@@ -15,7 +15,7 @@ from graphopt.sites import ROOTS, Linear, Pair, Spelling, linear_at, pairs
 from graphopt.store import Arrays, Store, digest
 
 LEAST = 48
-"""Of a smaller side no rank is looked for: there is nothing to gain."""
+"""Of a smaller side there is nothing to gain, by looking for its rank or by lowering it."""
 GAIN = 0.97
 """The rank must be below this fraction of the smaller side."""
 FACTOR = "graphopt.factor"

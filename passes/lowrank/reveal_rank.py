@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from graphopt.passes.lowrank.factor_chain import factor_constants, factor_nodes
 from graphopt.passes.lowrank.hidden import HiddenRank, factored, hidden_ranks
 from graphopt.rewrite import Context, Explanation, Kind, Pass, Stage
 from graphopt.sites import linear_at
@@ -41,22 +42,7 @@ class RevealRank(Pass):
 
 
 def _write(ctx: Context, hidden: HiddenRank) -> None:
-    linear, rank, dtype = hidden.linear, hidden.rank, hidden.linear.weight.dtype.numpy()
-    name = linear.weight.root.name or "weight"
-    ones = (1,) * len(linear.kernel)
-    right = linear.constant(
-        ctx,
-        f"{name}_right",
-        (rank, linear.inputs, *linear.kernel),
-        lambda: hidden.factors()["right"].reshape(rank, linear.inputs, *linear.kernel).astype(dtype),
-    )
-    follower = linear.follower()
-    left = follower.constant(
-        ctx,
-        f"{name}_left",
-        (linear.outputs, rank, *ones),
-        lambda: hidden.factors()["left"].reshape(linear.outputs, rank, *ones).astype(dtype),
-    )
-    inner = linear.apply(ctx, linear.x, right, outputs=rank)
-    outer = follower.apply(ctx, inner.outputs[0], left, linear.bias)
+    linear, rank = hidden.linear, hidden.rank
+    made = factor_constants(ctx, linear, rank, lambda: hidden.factors()["right"], lambda: hidden.factors()["left"])
+    inner, outer = factor_nodes(ctx, linear, rank, *made)
     ctx.replace({linear.y: outer.outputs[0]}, [inner, outer], rule="factors")

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.rewrite import Context
-from graphopt.sites import Linear, Spelling
+from graphopt.sites import Linear, Spelling, resized
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def column_nodes(ctx: Context, side: Side, x: ir.Value, like: ir.Value) -> tuple
     """
     axis = side.first.x_axis
     sizes = [side.rank, side.channels - side.rank]
-    halves = [_resized(x, axis, size) for size in sizes]
+    halves = [resized(x, axis, size) for size in sizes]
     if ctx.opset >= 13:
         lengths = ctx.constant(np.array(sizes, np.int64), "pivot_split")
         split = ctx.node("Split", [x, lengths], {"axis": axis}, like=halves)
@@ -94,11 +94,3 @@ def _with_offset(ctx: Context, side: Side, nodes: list[ir.Node], like: ir.Value)
         return nodes, y
     added = ctx.node("Add", [y, side.offset], like=like)
     return [*nodes, added], added.outputs[0]
-
-
-def _resized(value: ir.Value, axis: int, size: int) -> ir.Value:
-    if value.shape is None:
-        return ir.Value(type=value.type)
-    dims = list(value.shape)
-    dims[axis] = size
-    return ir.Value(type=value.type, shape=ir.Shape(dims))
