@@ -17,10 +17,10 @@ demo: $(VENV)/.demo ## install without torch, optimize a real network, time it b
 demo-export: $(VENV)/.export ## the same, starting from a torch module (MiniLM-L6)
 	@$(BIN)/python examples/demo_export.py
 
-test: $(VENV)/.test ## the tests, slow ones left out
-	$(BIN)/pytest -n auto --dist loadscope -m "not slow and not gpu"
+test: $(VENV)/.test ## the tests, slow ones left out, with the same random examples each time
+	$(BIN)/pytest -n auto --dist loadscope --hypothesis-profile ci -m "not slow and not gpu"
 
-test-all: $(VENV)/.test ## every test that needs no GPU
+test-all: $(VENV)/.test ## every test that needs no GPU, with new random examples
 	$(BIN)/pytest -n auto --dist loadscope -m "not gpu"
 
 lint: $(VENV)/.test ## ruff, mypy --strict, import-linter

@@ -71,7 +71,10 @@ def test_the_product_is_kept(pair: tuple[Array, Array], extra: int, dtype: np.dt
     # Each rounding of W_p and of C is amplified by no more than the norm of C, which pivoting keeps small.
     error = np.linalg.norm(product - weight)
     assert error <= (1e-11 + 4 * len(left) * eps(dtype)) * np.linalg.norm(weight)
-    assert np.abs(found.coefficients.astype(np.float64)).max(initial=0) <= 40
+    # What an output owes to one pivot, beside the largest pivot: a short pivot row may have a large coefficient.
+    lengths = np.linalg.norm(found.kept.astype(np.float64), axis=1)
+    owed = np.abs(found.coefficients.astype(np.float64)) * np.maximum(lengths / (lengths.max() or 1), 1e-3)
+    assert owed.max(initial=0) <= 40
 
 
 def test_columns_are_rows_of_the_transpose() -> None:
