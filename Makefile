@@ -74,7 +74,9 @@ $(VENV)/.export: $(VENV)/.demo $(INPUTS)
 
 $(VENV)/.test: $(VENV)/.export $(INPUTS)
 	@echo "installing what the tests need into $(VENV) ..."
-	@$(PIP) -e '.[cpu,export,rtx,graphsurgeon,dev]'
+	@$(PIP) -e '.[cpu,export,rtx,plugins,graphsurgeon,dev]'
+	@# NVIDIA's plugin layer, which needs no GPU, and its schema of config.pbtxt; without what they ask for beside.
+	@$(PIP) --no-deps tensorrt-cu13-bindings tensorrt-lean-cu13-libs tritonclient
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test

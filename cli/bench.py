@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
 
 if TYPE_CHECKING:
-    from graphopt.benchmarking import BenchResult, ModelTiming
+    from graphopt.benchmarking import BenchResult, ModelTiming, Ratio
 
 
 @click.command("bench", context_settings=HELP)
@@ -34,6 +34,14 @@ if TYPE_CHECKING:
 @click.option(
     "--seconds", metavar="S", type=float, default=5.0, show_default=True, help="How long to time, all models together."
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Where ONNX files run; cuda beside an engine or a torch module, else cpu.",
+)
+@click.option(
+    "--torch", "torch", multiple=True, metavar="FILE.py:FACTORY", help="A torch module to time on the GPU; repeatable."
+)
 @common_options
 def command(
     models: tuple[Path, ...],
@@ -41,14 +49,16 @@ def command(
     calibration: Path | None,
     threads: int,
     seconds: float,
+    device: Literal["cpu", "cuda"] | None,
+    torch: tuple[str, ...],
     as_json: bool,
     verbose: bool,
 ) -> None:
     """Time models against the first one.
 
-    All run in one process, in turns, on the same inputs, and their outputs are compared. The speedup is the
-    first model's time over the other's: above 1 is faster. One is called faster only where the 95 % interval
-    says so.
+    ONNX files, engines and torch modules run in one process, in turns, on the same inputs, and their outputs are
+    compared. The speedup is the first one's time over the other's: above 1 is faster. One is called faster only where
+    the 95 % interval says so.
     """
     from graphopt.benchmarking import bench, parse_shapes
 
@@ -59,6 +69,8 @@ def command(
             calibration=calibration,
             threads=threads,
             seconds=seconds,
+            device=device,
+            torch=torch,
             progress=advance,
         )
     if as_json:
@@ -75,7 +87,7 @@ def _show(result: BenchResult, *, verbose: bool) -> None:
             name,
             *(_figure(value) for value in (model.wall_ms.p50, model.wall_ms.p90, model.wall_ms.p99, model.cpu_ms)),
             _figure(model.calls_per_second),
-            _figure(model.peak_bytes / 1e6),
+            None if model.peak_bytes is None else _figure(model.peak_bytes / 1e6),
             _figure(model.file_bytes / 1e6),
             "" if index == 0 else _ratio(model),
             "" if index == 0 else f"{model.max_abs_difference:.1e}",
@@ -85,6 +97,7 @@ def _show(result: BenchResult, *, verbose: bool) -> None:
     out = console()
     out.print(table(["model", *((number, "right") for number in numbers)], rows))
     out.print()
+    _show_gpu(result, names)
     for name, model in zip(names[1:], result.models[1:], strict=True):
         out.print(_verdict(name, names[0], model))
         if model.max_abs_difference > 1e-2 * max(model.max_abs_output, 1e-30):
@@ -94,12 +107,52 @@ def _show(result: BenchResult, *, verbose: bool) -> None:
             )
     timed = ", ".join(f"{name} {what}" for name, what in result.timed_on.items()) or "no inputs"
     threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
-    out.print(f"Timed on {timed}: {result.rounds} rounds, {result.loads} loads, {threads}. Peak: in its own process.")
+    peak = " Peak: in its own process." if any(model.peak_bytes is not None for model in result.models) else ""
+    out.print(f"Timed on {timed}: {result.rounds} rounds, {result.loads} loads, {threads}.{peak}")
+    if result.gpu is not None:
+        out.print(f"GPU: {result.gpu}. Wall times are of whole calls from the host; inputs stay in the GPU's caches.")
     if verbose:
         for name, model in zip(names, result.models, strict=True):
+            if model.gpu is not None:
+                graph = ", replayed from a CUDA graph" if model.gpu.cuda_graph else ""
+                out.print(f"{name}: {model.gpu.library}{graph}")
             cpu = model.cpu_speedup
             out.print(f"{name}: {model.path}; CPU speedup {cpu.value:.3f} ({cpu.low:.3f} to {cpu.high:.3f})")
         out.print(f"Outputs compared on {result.compared_on} feeds; {result.environment}")
+
+
+def _show_gpu(result: BenchResult, names: list[str]) -> None:
+    """What the GPU's clock says of those models that ran on it."""
+    on_gpu = [(name, model.gpu) for name, model in zip(names, result.models, strict=True) if model.gpu is not None]
+    if not on_gpu:
+        return
+    rows = [
+        (
+            name,
+            *(
+                _figure(value)
+                for value in (
+                    gpu.latency_ms.p50,
+                    gpu.latency_ms.p99,
+                    gpu.upload_ms.p50,
+                    gpu.compute_ms.p50,
+                    gpu.compute_ms.p95,
+                    gpu.compute_ms.p99,
+                    gpu.download_ms.p50,
+                    gpu.enqueue_ms.p50,
+                )
+            ),
+            _interval(gpu.compute_speedup) if gpu.compute_speedup is not None and index else "",
+        )
+        for index, (name, gpu) in enumerate(on_gpu)
+    ]
+    columns = ("latency", "p99", "H2D", "compute", "p95", "p99", "D2H", "enqueue", "compute speedup")
+    out = console()
+    out.print(table(["on the GPU, ms", *((column, "right") for column in columns)], rows))
+    out.print()
+    for name, gpu in on_gpu:
+        if gpu.enqueue_ms.p50 > gpu.compute_ms.p50:
+            out.print(f"{name}: the host is slower at handing the work over than the GPU is at doing it.")
 
 
 def _verdict(name: str, first: str, model: ModelTiming) -> str:
@@ -113,7 +166,10 @@ def _verdict(name: str, first: str, model: ModelTiming) -> str:
 
 
 def _ratio(model: ModelTiming) -> str:
-    ratio = model.speedup
+    return _interval(model.speedup)
+
+
+def _interval(ratio: Ratio) -> str:
     return f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +12,9 @@ from graphopt.cli.output import HELP, common_options, console, print_json, progr
 
 if TYPE_CHECKING:
     from graphopt.engines import BuildResult
+    from graphopt.engines.inspector import EngineLayer
+
+_MOST_ROWS = 30
 
 
 @click.command("build", context_settings=HELP)
@@ -25,26 +29,132 @@ if TYPE_CHECKING:
     metavar="NAME=MIN/OPT/MAX",
     help="Sizes of a dynamic input (x=1x16/4x64/8x128) or of a symbolic axis (batch=1/4/8). Repeatable.",
 )
+@click.option(
+    "--calibration",
+    metavar="F.npz|DIR",
+    type=click.Path(path_type=Path),
+    help="Inputs of your own: sizes that --shapes does not name are the smallest, middle and largest in there.",
+)
+@click.option(
+    "--buckets",
+    is_flag=True,
+    help="Build for single sizes (1, 2, 4, 8, 16 and the largest) instead of the range from MIN to MAX.",
+)
+@click.option(
+    "--plugins",
+    metavar="WHEN",
+    default="measured",
+    show_default=True,
+    help="Run operators on graphopt's own kernels: measured (where that is faster on this GPU), always or never.",
+)
+@click.option("--optimization-level", metavar="N", type=int, help="0 (built fast) to 5 (searched long); usually 3.")
+@click.option("--workspace", metavar="SIZE", help="The most scratch memory a layer may take, such as 2GiB.")
+@click.option("--sparsity", is_flag=True, help="Use sparse kernels where weights have two zeros in every four.")
+@click.option(
+    "--timing-cache",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Timings that builds share; read, and written back. [tensorrt]",
+)
+@click.option("--strip-weights", is_flag=True, help="Leave the weights out of the engine; put in when it is loaded.")
+@click.option("--refit", is_flag=True, help="Let the engine's weights be replaced by others.")
+@click.option("--weight-streaming", is_flag=True, help="Let weights stay in the host's memory when the engine runs.")
+@click.option("--compute-capability", metavar="sm86,...", help="The GPUs to build for, or current. [tensorrt-rtx]")
+@click.option(
+    "--hardware-compatibility",
+    metavar="LEVEL",
+    default="none",
+    show_default=True,
+    help="Which GPUs run it: none but this, same-compute-capability, ampere-plus. [tensorrt]",
+)
+@click.option("--version-compatible", is_flag=True, help="Let newer versions of the library run it. [tensorrt]")
 @common_options
-def command(model: Path, out: Path, backend: str, shapes: tuple[str, ...], as_json: bool, verbose: bool) -> None:
+def command(
+    model: Path,
+    out: Path,
+    backend: str,
+    shapes: tuple[str, ...],
+    calibration: Path | None,
+    buckets: bool,
+    plugins: str,
+    workspace: str | None,
+    compute_capability: str | None,
+    as_json: bool,
+    verbose: bool,
+    **switches: Any,
+) -> None:
     """Build an engine, on a machine with or without a GPU.
 
-    The library runs in a child process; a crash of it is an error here, and nothing is written.
+    Nodes that do not run in such an engine are told before anything is built, one by one. The library runs in a
+    child process; a crash of it is an error here, and nothing is written. ENGINE.json, beside the engine, says how it
+    was built, for which library and GPUs, and what became of the nodes.
     """
-    from graphopt.engines import build_engine
+    from graphopt.engines import BuildOptions, build_engine
+    from graphopt.engines.build import NotCovered
+    from graphopt.engines.child import Refused
+    from graphopt.engines.options import parse_compute_capabilities, parse_size
+
+    options = BuildOptions(
+        workspace=None if workspace is None else parse_size(workspace),
+        compute_capabilities=() if compute_capability is None else parse_compute_capabilities(compute_capability),
+        **switches,
+    )
 
     def show(line: str) -> None:
         click.echo(line, err=True)
 
-    with progress(f"building {out.name}", enabled=not as_json and not verbose):
-        result = build_engine(model, out, backend=backend, shapes=shapes, on_log=show if verbose else None)
+    with progress(f"building {out.name}", total=1.0, enabled=not as_json and not verbose) as advance:
+        done = 0.0
+
+        def follow(phase: str, fraction: float) -> None:
+            nonlocal done
+            advance(fraction - done, phase or None)
+            done = fraction
+
+        try:
+            result = build_engine(
+                model,
+                out,
+                backend=backend,
+                shapes=shapes,
+                calibration=calibration,
+                buckets=buckets,
+                options=options,
+                plugins=plugins,
+                on_log=show if verbose else None,
+                on_progress=follow,
+            )
+        except NotCovered as refused:
+            _tell_refused(refused, as_json=as_json)
+            raise
+        except Refused as refused:
+            if as_json:
+                print_json({"error": str(refused), "refused": refused.nodes})
+            raise
     if as_json:
         print_json(result)
     else:
-        _print(result)
+        _print(result, verbose=verbose)
 
 
-def _print(result: BuildResult) -> None:
+def _tell_refused(error: Any, *, as_json: bool) -> None:
+    """Every node that does not run in such an engine, and what to do about it."""
+    coverage = error.coverage
+    if as_json:
+        print_json({"error": str(error), "coverage": coverage})
+        return
+    rows = [
+        (one.node, one.op_type or "input", " / ".join(part for part in (one.place, one.reason) if part), one.hint)
+        for one in coverage.refused[:_MOST_ROWS]
+    ]
+    out = console()
+    out.print(table(["node", "type", "why not", "what to do"], rows))
+    if len(coverage.refused) > _MOST_ROWS:
+        out.print(f"and {len(coverage.refused) - _MOST_ROWS} more; --json lists all")
+    out.print()
+
+
+def _print(result: BuildResult, *, verbose: bool) -> None:
     out = console()
     if result.profiles:
         rows = [
@@ -53,9 +163,53 @@ def _print(result: BuildResult) -> None:
         ]
         out.print(table(["input", "min", "opt", "max"], rows))
         out.print()
+    if result.buckets:
+        sizes = "; ".join(" ".join(f"{symbol}={size}" for symbol, size in one.items()) for one in result.buckets)
+        out.print(f"Only these sizes: {sizes}.")
+    for line in _tell_plugins(result.plugins, verbose=verbose):
+        out.print(line)
+    layers = result.inspection.layers
+    if verbose and layers:
+        out.print(table(["layer", "kernel", "nodes"], [_layer_row(layer) for layer in layers]))
+        out.print()
     memory = "" if result.peak_rss_bytes is None else f", {result.peak_rss_bytes / 1e6:.0f} MB of memory"
     out.print(
         f"{result.path}: {result.bytes / 1e6:.1f} MB in {result.seconds:.1f} s{memory};"
         f" {result.layers} layers, {result.backend} {result.version}"
     )
+    if layers:
+        taken = sum(layer.plugin for layer in layers)
+        listed = f"{result.path.name}.json lists them"
+        out.print(f"{_count(len(layers), 'layer')} in the engine, {_count(taken, 'plugin')} among them; {listed}.")
+    else:
+        out.print(f"Layers of the engine: not known ({result.inspection.reason}).")
+    for note in result.notes:
+        out.print(f"note: {note}")
     out.print(result.status)
+
+
+def _layer_row(layer: EngineLayer) -> tuple[str, str, str]:
+    return layer.kind or layer.name, ("plugin " if layer.plugin else "") + layer.tactic, ", ".join(layer.nodes)
+
+
+def _tell_plugins(plugins: dict[str, Any], *, verbose: bool) -> list[str]:
+    """How many nodes run on plugins, and why others do not."""
+    written, refused = plugins.get("written", []), plugins.get("refused", [])
+    lines = []
+    if written:
+        count = Counter(one["plugin"] for one in written)
+        listed = ", ".join(f"{number} {name}" for name, number in count.items())
+        isa = sorted({str(kernel["isa"]) for kernel in plugins.get("kernels", [])})
+        lines.append(f"On plugins: {listed} ({plugins['architecture']}, PTX {', '.join(isa)}).")
+    if refused and verbose:
+        lines += [f"Not on a plugin: {one['plugin']} {one['node']}: {one['reason']}" for one in refused]
+    elif refused:
+        reasons = Counter(one["reason"] for one in refused)
+        reason, number = reasons.most_common(1)[0]
+        rest = "" if number == len(refused) else f" ({number} of them; --verbose tells all)"
+        lines.append(f"Not on a plugin: {_count(len(refused), 'node')}: {reason}{rest}.")
+    return lines
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "passes": ("graphopt.cli.passes", "List the passes, or explain one."),
     "bisect": ("graphopt.cli.bisect", "Find the rewrite that breaks a tolerance."),
     "build": ("graphopt.cli.build", "Build an engine, on a machine with or without a GPU."),
+    "package": ("graphopt.cli.package", "Write a model or an engine as a Triton Inference Server repository."),
+    "selftest": ("graphopt.cli.selftest", "Build, run and compare every plugin on this machine's GPU."),
     "profile-target": ("graphopt.cli.profile_target", "Measure this machine's cost profile."),
 }
 

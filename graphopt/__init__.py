@@ -17,10 +17,24 @@ if TYPE_CHECKING:
     from graphopt.importing import import_factors
     from graphopt.inspection import inspect
     from graphopt.optimizing import optimize
+    from graphopt.packaging import package_triton as package
     from graphopt.runtime import load
+    from graphopt.selftesting import selftest
     from graphopt.verifying import verify
 
-__all__ = ["bench", "bisect", "build", "export", "import_factors", "inspect", "load", "optimize", "verify"]
+__all__ = [
+    "bench",
+    "bisect",
+    "build",
+    "export",
+    "import_factors",
+    "inspect",
+    "load",
+    "optimize",
+    "package",
+    "selftest",
+    "verify",
+]
 
 _HOMES = {
     "bench": ("graphopt.benchmarking", "bench"),
@@ -31,6 +45,8 @@ _HOMES = {
     "inspect": ("graphopt.inspection", "inspect"),
     "load": ("graphopt.runtime", "load"),
     "optimize": ("graphopt.optimizing", "optimize"),
+    "package": ("graphopt.packaging", "package_triton"),
+    "selftest": ("graphopt.selftesting", "selftest"),
     "verify": ("graphopt.verifying", "verify"),
 }
 

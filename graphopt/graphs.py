@@ -203,6 +203,38 @@ def value_names(model: ir.Model) -> set[str]:
     return names
 
 
+def make_names_unique(model: ir.Model) -> None:
+    """Give a value that shares its name with another one a new name; inputs and outputs of the model keep theirs.
+
+    Values of bodies count; those of functions do not, which have names of their own.
+    """
+    pinned = {*model.graph.inputs, *model.graph.outputs}
+    taken = {value.name for value in pinned}
+    later: list[ir.Value] = []
+    for value in _named_values(model.graph):
+        if value in pinned:
+            continue
+        if value.name in taken:
+            later.append(value)
+        taken.add(value.name)
+    suffixes: dict[str, int] = {}
+    for value in later:
+        base = value.name or "value"
+        count = suffixes.get(base, 0) + 1
+        while f"{base}_{count}" in taken:
+            count += 1
+        suffixes[base] = count
+        value.name = f"{base}_{count}"
+        taken.add(value.name)
+
+
+def _named_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Every value that a graph and its bodies define and that has a name."""
+    for inner in nested_graphs(graph):
+        values = [*inner.inputs, *inner.initializers.values(), *(o for node in inner for o in node.outputs)]
+        yield from dict.fromkeys(value for value in values if value.name)
+
+
 def count_nodes(model: ir.Model) -> int:
     """The number of nodes, bodies and functions included, Constant nodes left out (they compute nothing)."""
     return sum(1 for node in all_nodes(model) if node.op_type != "Constant")

@@ -501,3 +501,25 @@ def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_plugin_of_the_page_is_the_one_of_the_tests() -> None:
+    """What the page shows of it are lines of its files, in one piece."""
+    page = DOCS / "adding-a-plugin.md"
+    folder = ROOT / "tests" / "engines" / "registry" / "folder" / "scale_add"
+    (kernel,) = blocks(page, "cpp")
+    assert kernel in (folder / "scale_add.cu").read_text()
+    excerpts = [block for block in blocks(page, "python") if "import" not in block]
+    assert len(excerpts) == 2
+    for block in excerpts:
+        assert block in (folder / "tensorrt.py").read_text()
+
+
+def test_the_plugin_page_proves_a_kernel(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia")
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler here")
+    (example,) = (block for block in blocks(DOCS / "adding-a-plugin.md", "python") if "emulate" in block)
+    (tmp_path / "example.py").write_text(example)
+    done = run_python(tmp_path, "example.py")
+    assert done.returncode == 0, done.stderr

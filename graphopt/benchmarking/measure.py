@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from graphopt.benchmarking.device import CallTimes, DeviceCall
 from graphopt.benchmarking.memory import peak_bytes
 from graphopt.benchmarking.stats import Percentiles, Ratio, percentiles, ratio_interval
 from graphopt.errors import BadInput
 from graphopt.feeds import Feeds
 from graphopt.runtime.flavour import import_onnxruntime, onnxruntime_flavour
-from graphopt.runtime.loading import OnnxRuntimeRunner, Runner, load
+from graphopt.runtime.loading import BACKEND_FOR_SUFFIX, OnnxRuntimeRunner, Runner, load
 
 _SAMPLE_SECONDS = 2e-3  # a sample lasts at least this long, well above the clocks' and the scheduler's grain
 _WARM_UP_SECONDS = 0.1
@@ -34,6 +35,31 @@ Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
+class GpuTiming:
+    """What was measured of one model on a GPU, in milliseconds a call.
+
+    Attributes:
+        library: What ran it.
+        latency_ms: Upload, compute and download together, on the GPU's clock.
+        compute_ms: The work alone.
+        upload_ms: Inputs to the GPU.
+        download_ms: Outputs to the host.
+        enqueue_ms: On the host, to hand the work over; where it is more than the work takes, the host is the limit.
+        compute_speedup: Compute time of the first model over this one's; None where the first is on the CPU.
+        cuda_graph: Whether it was replayed from a CUDA graph of ours.
+    """
+
+    library: str
+    latency_ms: Percentiles
+    compute_ms: Percentiles
+    upload_ms: Percentiles
+    download_ms: Percentiles
+    enqueue_ms: Percentiles
+    compute_speedup: Ratio | None
+    cuda_graph: bool
+
+
+@dataclass(frozen=True)
 class ModelTiming:
     """What was measured of one model.
 
@@ -41,26 +67,28 @@ class ModelTiming:
         path: The model's file.
         wall_ms: Wall time of a call, in milliseconds.
         cpu_ms: Processor time of the process for a call, in milliseconds (median over rounds).
-        calls_per_second: One over the mean wall time of a call.
-        peak_bytes: The most memory of a process that loads and runs this model alone.
+        calls_per_second: One over the mean wall time of a call; on a GPU of calls that do not wait for each other.
+        peak_bytes: The most memory of a process that loads and runs this model alone; None for one on a GPU.
         file_bytes: The size of its file, external data included.
         speedup: Wall time of the first model over this one's: above 1 is faster than the first.
         cpu_speedup: The same of processor time.
         max_abs_difference: The largest difference of its outputs from the first model's; infinite where a
             shape or a NaN differs.
         max_abs_output: The largest magnitude in the first model's outputs, to judge the difference by.
+        gpu: What was measured on the GPU; None for a model on the CPU.
     """
 
     path: Path
     wall_ms: Percentiles
     cpu_ms: float
     calls_per_second: float
-    peak_bytes: int
+    peak_bytes: int | None
     file_bytes: int
     speedup: Ratio
     cpu_speedup: Ratio
     max_abs_difference: float
     max_abs_output: float
+    gpu: GpuTiming | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +102,7 @@ class BenchResult:
         threads: Threads within an operator.
         timed_on: Dtype and shape of each input that was timed on.
         compared_on: How many feeds the outputs were compared on.
+        gpu: The GPU, with the driver's CUDA release; None where none took part.
     """
 
     models: list[ModelTiming]
@@ -83,6 +112,7 @@ class BenchResult:
     timed_on: dict[str, str]
     compared_on: int
     environment: dict[str, str] = field(default_factory=dict)
+    gpu: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for reports."""
@@ -102,21 +132,26 @@ def bench(
     threads: int = 1,
     seconds: float = 5.0,
     seed: int = 0,
+    device: Literal["cpu", "cuda"] | None = None,
+    torch: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> BenchResult:
     """Time models against each other, and compare their outputs.
 
     Args:
-        paths: The models; the first is what the others are compared with.
+        paths: The models, ONNX files and engines; the first is what the others are compared with.
         shapes: Sizes to use for some inputs (see `graphopt.feeds.synthesise_feeds`).
         calibration: The user's own inputs, instead of made-up ones. The first feed is timed.
         threads: Threads within an operator. With 1, processor time is the model's own.
         seconds: How long to time, all models together; at least 10 rounds are timed however long they take.
         seed: Of the inputs, of the order within rounds and of the intervals.
+        device: Where ONNX files run. None: on ``cuda`` where an engine or a torch module takes part, else on ``cpu``.
+        torch: torch modules to time on the GPU beside the models, as `graphopt.export` takes them: ``FILE.py:FACTORY``.
         progress: Called with the fraction done since the last call and what is going on.
 
     Raises:
         BadInput: A model cannot be used, or the models take different inputs.
+        MissingDependency: What a model needs is not installed. NoGpu: there is no GPU for it.
         GraphoptError: A model fails while running.
     """
     if not paths:
@@ -126,15 +161,18 @@ def bench(
     if not seconds > 0:
         raise BadInput(f"seconds must be above 0, not {seconds:g}")
     say = progress or (lambda fraction, what: None)
-    files = [Path(path) for path in paths]
+    entries = [*_entries(paths, device, torch)]
+    files = [entry.path for entry in entries]
     say(0, "loading")
-    import_onnxruntime()  # once, and not part of what loading takes
+    if any(entry.kind in ("onnx", "onnx-cuda") for entry in entries):
+        import_onnxruntime()  # once, and not part of what loading takes
     began = time.perf_counter()
-    runners = [_load(file, threads) for file in files]
+    runners = [_load_entry(entry, threads) for entry in entries]
     loading = time.perf_counter() - began
     for file, runner in zip(files[1:], runners[1:], strict=True):
         _check_same_inputs(files[0], runners[0], file, runner)
-    feeds = _feeds(files[0], runners[0], shapes, calibration, seed)
+    _name_outputs(runners)
+    feeds = _feeds_for(files, runners, shapes, calibration, seed)
     say(0, "comparing outputs")
     differences = _compare(files, runners, feeds)
     blocks = int(np.clip(_MOST_LOADING * seconds / loading, 1, _BLOCKS))
@@ -143,28 +181,35 @@ def bench(
     for block in range(blocks):
         if block:
             runners = []  # before the next ones are loaded
-            runners = _load_in_order(files, threads, rng.permutation(len(files)))
-        calls = [_bound(runner, feeds[0]) for runner in runners]
+            runners = _load_in_order(entries, threads, rng.permutation(len(files)))
+            _name_outputs(runners)
+        calls = [_bound(runner, _known(runner, feeds[0])) for runner in runners]
         _time_block(calls, samples, block, rng, seconds / blocks, -(-_FEWEST_ROUNDS // blocks), say, seconds)
+        told = [_library(runner) for runner in runners]
+        gpu = next((_describe_gpu(runner) for runner in runners if hasattr(runner, "program")), None)
+        sizes = [_size(entry, runner) for entry, runner in zip(entries, runners, strict=True)]
         del calls
     runners = []  # their memory is not needed while the children load theirs
     say(0, "measuring memory")
-    peaks = [peak_bytes(file, feeds[0], threads) for file in files]
+    peaks = [peak_bytes(entry.path, feeds[0], threads) if entry.kind == "onnx" else None for entry in entries]
     first = samples[0]
     models = [
         ModelTiming(
             path=file,
             wall_ms=percentiles(np.concatenate(own.calls) * 1e3),
             cpu_ms=float(np.median(own.cpu) * 1e3),
-            calls_per_second=float(1 / np.mean(np.concatenate(own.calls))),
+            calls_per_second=own.calls_per_second(),
             peak_bytes=peak,
-            file_bytes=file_bytes(file),
+            file_bytes=size,
             speedup=ratio_interval(first.wall, own.wall, blocks=own.blocks, seed=seed),
             cpu_speedup=ratio_interval(first.cpu, own.cpu, blocks=own.blocks, seed=seed),
             max_abs_difference=difference,
             max_abs_output=largest,
+            gpu=own.on_gpu(library, first, seed),
         )
-        for file, own, peak, (difference, largest) in zip(files, samples, peaks, differences, strict=True)
+        for file, own, peak, size, library, (difference, largest) in zip(
+            files, samples, peaks, sizes, told, differences, strict=True
+        )
     ]
     return BenchResult(
         models=models,
@@ -173,7 +218,8 @@ def bench(
         threads=threads,
         timed_on={name: _describe(value) for name, value in feeds[0].items()},
         compared_on=len(feeds),
-        environment=_environment(),
+        environment={**_environment(entries), **_libraries(told)},
+        gpu=gpu,
     )
 
 
@@ -185,12 +231,17 @@ class _Samples:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    on_device: CallTimes = field(default_factory=CallTimes)
+    compute: list[float] = field(default_factory=list)
+    pipelined: list[float] = field(default_factory=list)
+    cuda_graph: bool = False
 
     def take(self, call: Callable[[], object], repeats: int, block: int) -> None:
         """Time one round's calls."""
         walls = np.empty(repeats)
         clock = time.perf_counter
         call()  # brings this model's weights back into the caches that the one before it filled
+        known = len(call.times) if isinstance(call, DeviceCall) else 0
         cpu_began = time.process_time()
         for repeat in range(repeats):
             began = clock()
@@ -201,6 +252,36 @@ class _Samples:
         self.wall.append(float(np.median(walls)))
         self.cpu.append(max(cpu, 1e-9))
         self.blocks.append(block)
+        if isinstance(call, DeviceCall):
+            self.on_device.extend(call.times, known)
+            # Events have a grain of half a microsecond; a ratio needs something above nothing.
+            self.compute.append(max(float(np.median(call.times.compute[known:])), 1e-6))
+            self.pipelined.append(call.pipelined(repeats))
+            self.cuda_graph = call.program.is_graph
+
+    def calls_per_second(self) -> float:
+        """Of calls one after the other; on a GPU of calls that do not wait for the one before."""
+        seconds = np.asarray(self.pipelined) if self.pipelined else np.concatenate(self.calls)
+        return float(1 / np.mean(seconds))
+
+    def on_gpu(self, library: str, first: _Samples, seed: int) -> GpuTiming | None:
+        """The GPU's own figures; None for a model on the CPU."""
+        times = self.on_device
+        if not len(times):
+            return None
+        parts = (np.asarray(part) for part in (times.upload, times.compute, times.download))
+        return GpuTiming(
+            library=library,
+            latency_ms=percentiles(sum(parts, start=np.zeros(len(times)))),
+            compute_ms=percentiles(times.compute),
+            upload_ms=percentiles(times.upload),
+            download_ms=percentiles(times.download),
+            enqueue_ms=percentiles(times.enqueue),
+            compute_speedup=ratio_interval(first.compute, self.compute, blocks=self.blocks, seed=seed)
+            if first.compute
+            else None,
+            cuda_graph=self.cuda_graph,
+        )
 
 
 def _time_block(
@@ -251,21 +332,88 @@ def _load(path: Path, threads: int) -> Runner:
     return load(path, threads=threads)
 
 
-def _load_in_order(files: Sequence[Path], threads: int, order: np.ndarray[Any, Any]) -> list[Runner]:
-    """Load in the order given; the list is in the files' order."""
-    loaded = {int(index): _load(files[index], threads) for index in order}
-    return [loaded[index] for index in range(len(files))]
+@dataclass(frozen=True)
+class _Entry:
+    """What takes part: its path (or how torch's factory is called), and what runs it."""
+
+    path: Path
+    kind: Literal["onnx", "onnx-cuda", "engine", "torch"]
+
+
+def _entries(
+    paths: Sequence[str | Path], device: Literal["cpu", "cuda"] | None, torch: Sequence[str]
+) -> Iterator[_Entry]:
+    files = [Path(path) for path in paths]
+    engines = [file for file in files if BACKEND_FOR_SUFFIX.get(file.suffix) == "tensorrt"]
+    on_cuda = device == "cuda" or (device is None and bool(engines or torch))
+    for file in files:
+        if file in engines:
+            yield _Entry(file, "engine")
+        else:
+            yield _Entry(file, "onnx-cuda" if on_cuda else "onnx")
+    for spec in torch:
+        yield _Entry(Path(spec), "torch")
+
+
+def _load_entry(entry: _Entry, threads: int) -> Runner:
+    if entry.kind in ("onnx", "engine"):
+        return _load(entry.path, threads)
+    from graphopt.benchmarking.on_gpu import OnnxCudaRunner, TorchRunner
+
+    return OnnxCudaRunner(entry.path) if entry.kind == "onnx-cuda" else TorchRunner(str(entry.path))
+
+
+def _load_in_order(entries: Sequence[_Entry], threads: int, order: np.ndarray[Any, Any]) -> list[Runner]:
+    """Load in the order given; the list is in the entries' order."""
+    loaded = {int(index): _load_entry(entries[index], threads) for index in order}
+    return [loaded[index] for index in range(len(entries))]
 
 
 def _bound(runner: Runner, feeds: Feeds) -> Callable[[], object]:
     """The model's run on one feed, without checking the feed every time where the runner can do without."""
+    if hasattr(runner, "program"):
+        return DeviceCall(runner.program(feeds), feeds)
     return runner.bind(feeds) if isinstance(runner, OnnxRuntimeRunner) else lambda: runner.run(feeds)
+
+
+def _known(runner: Runner, feeds: Feeds) -> Feeds:
+    """The feeds of the inputs that a model has: engines lack those that nothing reads."""
+    names = {item.name for item in runner.inputs}
+    return {name: value for name, value in feeds.items() if name in names}
+
+
+def _name_outputs(runners: Sequence[Runner]) -> None:
+    """A torch module's outputs have no names: they are those of the first model, in order."""
+    names = [item.name for item in runners[0].outputs]
+    for runner in runners:
+        if hasattr(runner, "names"):
+            runner.names = names or None
+
+
+def _library(runner: Runner) -> str:
+    return str(getattr(runner, "library", ""))
+
+
+def _describe_gpu(runner: Any) -> str:
+    driver = runner.context.driver
+    return f"{runner.context.device.name}, driver for CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+
+
+def _libraries(told: Sequence[str]) -> dict[str, str]:
+    """The names and versions of what ran models on the GPU."""
+    return {library.partition(" ")[0]: library.partition(" ")[2] for library in told if library}
+
+
+def _size(entry: _Entry, runner: Runner) -> int:
+    return int(getattr(runner, "parameter_bytes", 0)) if entry.kind == "torch" else file_bytes(entry.path)
 
 
 def _check_same_inputs(first_path: Path, first: Runner, path: Path, other: Runner) -> None:
     ours = {item.name: item for item in first.inputs}
     theirs = {item.name: item for item in other.inputs}
-    missing = [name for name in ours if name not in theirs] + [name for name in theirs if name not in ours]
+    # TensorRT drops inputs that nothing reads.
+    missing = [name for name in ours if name not in theirs and not _is_engine(path)]
+    missing += [name for name in theirs if name not in ours and not _is_engine(first_path)]
     if missing:
         lacking = path if missing[0] in ours else first_path
         raise BadInput(
@@ -274,10 +422,49 @@ def _check_same_inputs(first_path: Path, first: Runner, path: Path, other: Runne
             hint=f"{first_path.name} takes {', '.join(ours)}; {path.name} takes {', '.join(theirs)}",
         )
     for name, item in ours.items():
-        if item.dtype != theirs[name].dtype:
+        if name in theirs and item.dtype != theirs[name].dtype:
             raise BadInput(
                 f"the models take input '{name}' as {item.dtype} and as {theirs[name].dtype}", where=str(path)
             )
+
+
+def _is_engine(path: Path) -> bool:
+    return BACKEND_FOR_SUFFIX.get(path.suffix) == "tensorrt"
+
+
+def _feeds_for(
+    files: Sequence[Path],
+    runners: Sequence[Runner],
+    shapes: Mapping[str, Sequence[int]] | None,
+    calibration: Path | None,
+    seed: int,
+) -> list[Feeds]:
+    """Inputs for all of them: made up from the first ONNX file, of sizes that the engines take."""
+    engines = [runner for file, runner in zip(files, runners, strict=True) if _is_engine(file)]
+    if not engines:
+        return _feeds(files[0], runners[0], shapes, calibration, seed)
+    if calibration is None:
+        best: dict[str, Sequence[int]] = engines[0].shapes_to_try()  # type: ignore[attr-defined]
+        shapes = {**best, **(shapes or {})}
+    source = next((index for index, file in enumerate(files) if file.suffix == ".onnx"), None)
+    if source is not None:
+        return _feeds(files[source], runners[source], shapes, calibration, seed)
+    if calibration is not None:
+        raise BadInput("reading inputs of yours takes an .onnx file", hint="time the engine beside its model")
+    return [_plain_feeds(runners[0], shapes or {}, seed)]
+
+
+def _plain_feeds(runner: Runner, shapes: Mapping[str, Sequence[int]], seed: int) -> Feeds:
+    """Where no model says what an input means: normal numbers, and zeros and ones."""
+    rng = np.random.default_rng(seed)
+    feeds: Feeds = {}
+    for item in runner.inputs:
+        known = shapes.get(item.name, item.shape or ())
+        shape = tuple(size if isinstance(size, int) else 1 for size in known)
+        assert item.dtype is not None
+        drawn = rng.integers(0, 2, shape) if item.dtype.kind in "biu" else rng.standard_normal(shape)
+        feeds[item.name] = np.asarray(drawn).astype(item.dtype)
+    return feeds
 
 
 def _feeds(
@@ -302,10 +489,10 @@ def _compare(paths: Sequence[Path], runners: Sequence[Runner], feeds: Sequence[F
     """For each model, how far its outputs are from the first one's at most, and how large those are."""
     found = [(0.0, 0.0) for _ in runners]
     for feed in feeds:
-        reference = runners[0].run(feed)
+        reference = runners[0].run(_known(runners[0], feed))
         largest = max((_magnitude(value) for value in reference.values()), default=0.0)
         for index, (path, runner) in enumerate(zip(paths, runners, strict=True)):
-            outputs = runner.run(feed) if index else reference
+            outputs = runner.run(_known(runner, feed)) if index else reference
             if set(outputs) != set(reference):
                 listed = f"{', '.join(reference)} and {', '.join(outputs)}"
                 raise BadInput(f"the models give different outputs: {listed}", where=str(path))
@@ -377,8 +564,11 @@ def _describe(value: Any) -> str:
     return f"{name}[{', '.join(map(str, array.shape))}]"
 
 
-def _environment() -> dict[str, str]:
+def _environment(entries: Sequence[_Entry]) -> dict[str, str]:
     import platform
 
+    here = {"python": platform.python_version(), "machine": platform.machine()}
+    if not any(entry.kind in ("onnx", "onnx-cuda") for entry in entries):
+        return here
     name, version = onnxruntime_flavour()
-    return {name: version, "python": platform.python_version(), "machine": platform.machine()}
+    return {name: version, **here}

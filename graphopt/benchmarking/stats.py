@@ -17,6 +17,7 @@ class Percentiles:
 
     p50: float
     p90: float
+    p95: float
     p99: float
 
 
@@ -35,11 +36,11 @@ class Ratio:
 
 
 def percentiles(samples: Sequence[float] | np.ndarray[Any, Any]) -> Percentiles:
-    """The 50th, 90th and 99th percentile. Raises ValueError for no samples."""
+    """The 50th, 90th, 95th and 99th percentile. Raises ValueError for no samples."""
     if len(samples) == 0:
         raise ValueError("no samples")
-    p50, p90, p99 = np.percentile(np.asarray(samples, np.float64), [50, 90, 99])
-    return Percentiles(float(p50), float(p90), float(p99))
+    p50, p90, p95, p99 = np.percentile(np.asarray(samples, np.float64), [50, 90, 95, 99])
+    return Percentiles(float(p50), float(p90), float(p95), float(p99))
 
 
 def ratio_interval(

@@ -1,57 +1,68 @@
-"""`build_engine`: prepare the model, build in a child process, put the engine in place."""
+"""`build_engine`: prepare the model, build in a child process, put the engine and its report in place."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any, cast
 
 from graphopt.engines.backends import Backend, find_backend
-from graphopt.engines.profiles import Profile, make_profiles, parse_shapes
+from graphopt.engines.child import OnLog, OnProgress, run_child
+from graphopt.engines.coverage import Coverage, predict
+from graphopt.engines.inspector import Inspection, parse_inspection
+from graphopt.engines.options import PLUGINS, BuildOptions, check_options
+from graphopt.engines.preparing import describe_model, runtime_operators, write_for_parser
+from graphopt.engines.profiles import (
+    Profile,
+    Seen,
+    fix_profiles,
+    make_profiles,
+    observe,
+    parse_shapes,
+    symbol_sizes,
+)
+from graphopt.engines.report import BuildResult, EngineTensor, hash_file, report_path, write_report
+from graphopt.engines.requests import Request
+from graphopt.engines.worker import describe_gpu
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.inlining import inline_all
 
-_POLL_SECONDS = 0.1
+if TYPE_CHECKING:
+    from graphopt.engines.plugins import Lowered, Mode
+
+
+class NotCovered(BadInput):
+    """Nodes of the model do not run in such an engine; known before anything was built.
+
+    Attributes:
+        coverage: Every one of them, with the reason and what to do.
+    """
+
+    def __init__(self, coverage: Coverage, where: str) -> None:
+        error = coverage.error(where)
+        super().__init__(error.what, where=error.where, hint=error.hint)
+        self.coverage = coverage
 
 
 @dataclass(frozen=True)
-class BuildResult:
-    """An engine that was built.
+class _Prepared:
+    """A model that is ready to be parsed, and what was found out about it."""
 
-    Attributes:
-        path: The engine.
-        backend: ``tensorrt`` or ``tensorrt-rtx``.
-        version: The library's version; engines are bound to it.
-        bytes: The engine's size.
-        seconds: Parsing and building, without the start of the child process.
-        peak_rss_bytes: The child's largest resident size; None where the system does not tell.
-        layers: Layers of the parsed network, before the library fuses them.
-        profiles: The shapes of each dynamic input.
-        gpu: The GPU of this machine, or None.
-        status: What was done with the engine, said honestly.
-    """
-
-    path: Path
-    backend: str
-    version: str
-    bytes: int
-    seconds: float
-    peak_rss_bytes: int | None
-    layers: int
+    file: Path
+    runtime_operators: list[str]
     profiles: dict[str, Profile]
-    gpu: str | None
-    status: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path)}
+    all_profiles: list[dict[str, Profile]]
+    values: dict[str, Profile]
+    buckets: tuple[dict[str, int], ...]
+    coverage: Coverage
+    lowered: Lowered
+    model: dict[str, Any]
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    architecture: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def build_engine(
@@ -60,158 +71,248 @@ def build_engine(
     *,
     backend: str,
     shapes: Iterable[str] = (),
-    on_log: Callable[[str], None] | None = None,
+    calibration: str | Path | None = None,
+    buckets: bool = False,
+    options: BuildOptions | None = None,
+    plugins: str = "measured",
+    on_log: OnLog | None = None,
+    on_progress: OnProgress | None = None,
 ) -> BuildResult:
     """Build an engine from an ONNX file; needs no GPU with TensorRT-RTX.
 
     Args:
         model: The ONNX file. Its functions are inlined first: the parser miscompiles legal uses of them.
-        out: Where the engine goes; replaced only by a complete one. Its folder must exist.
+        out: Where the engine goes, with its report as ``OUT.json`` beside it; both are replaced only by complete
+            ones. Its folder must exist.
         backend: ``tensorrt`` (10.9 or newer) or ``tensorrt-rtx``.
         shapes: ``NAME=MIN/OPT/MAX`` for dynamic inputs (``x=1x16/4x64/8x128``) or symbolic axes
             (``batch=1/4/8``).
+        calibration: Inputs of the user's, as for ``optimize``: sizes that ``shapes`` does not name are the smallest,
+            the middle one and the largest in there, and so are the values of inputs that decide shapes.
+        buckets: Build for single sizes (1, 2, 4, 8, 16 and the largest) instead of a range.
+        options: How to build.
+        plugins: ``measured`` (where a measurement on this GPU says that they are faster), ``always`` or ``never``.
         on_log: Called with each line of the library's log while it builds.
+        on_progress: Called with the phase that is going on and how much is done, 0 to 1.
 
     Raises:
-        BadInput: The model, ``out`` or the shapes cannot be used.
+        BadInput: The model, ``out``, the shapes or the options cannot be used, or nodes of the model do not run in
+            such an engine (`NotCovered`).
         MissingDependency: The library is not installed.
         GraphoptError: The library refuses the model, or crashed; nothing was written.
     """
-    from graphopt.files.load import load_model
-
     library = find_backend(backend)
-    source, target = Path(model), Path(out)
+    source, target, options = Path(model), Path(out), options or BuildOptions()
+    check_options(options, library)
+    _check_paths(source, target, options)
+    if plugins not in PLUGINS:
+        raise BadInput(f"{plugins!r} is not a way", where="--plugins", hint=f"there are {', '.join(PLUGINS)}")
+    # One fixed name: what a killed build leaves, the next one overwrites.
+    partial = target.with_name(f".{target.name}.partial")
+    partial_report = report_path(partial)
+    try:
+        with tempfile.TemporaryDirectory(prefix="graphopt-build-") as scratch:
+            folder = Path(scratch)
+            prepared = _prepare(source, library, folder, tuple(shapes), calibration, buckets, options, plugins)
+            request = Request(
+                title=library.title,
+                backend=library.name,
+                modules=list(library.modules),
+                oldest=list(library.oldest),
+                model=str(prepared.file),
+                runtime_operators=prepared.runtime_operators,
+                profiles=[_plain(profiles) for profiles in prepared.all_profiles if profiles],
+                values=_plain(prepared.values),
+                options=options.to_json(),
+                plugins=_plugins_request(prepared),
+                engine=str(partial.absolute()),
+                log=str(folder / "log.txt"),
+                progress=str(folder / "progress.txt"),
+                answer=str(folder / "answer.json"),
+            )
+            answer = run_child(request, folder, source, on_log, on_progress)
+        result = _result(target, library, options, prepared, answer, partial)
+        write_report(result, partial_report)
+        partial.replace(target)
+        partial_report.replace(report_path(target))
+    except OSError as error:
+        raise GraphoptError(f"cannot be written: {error.strerror}", where=str(target)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+        partial_report.unlink(missing_ok=True)
+    return result
+
+
+def _check_paths(source: Path, target: Path, options: BuildOptions) -> None:
     if not target.parent.is_dir():
         raise BadInput(f"the folder {str(target.parent)!r} does not exist", where=str(target))
     if target.is_dir():
         raise BadInput("is a folder", where=str(target), hint="give the name of the engine to write")
     if target.exists() and source.exists() and target.samefile(source):
         raise BadInput("is the model itself", where=str(target), hint="give the engine another name")
+    cache = options.timing_cache
+    if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
+        raise BadInput("cannot be a file", where=f"--timing-cache {cache}", hint="its folder must exist")
+
+
+def _prepare(
+    source: Path,
+    library: Backend,
+    folder: Path,
+    shapes: tuple[str, ...],
+    calibration: str | Path | None,
+    buckets: bool,
+    options: BuildOptions,
+    plugins: str,
+) -> _Prepared:
+    """Everything that can be found out and refused before the library is loaded.
+
+    Raises:
+        BadInput: See `build_engine`.
+    """
+    from graphopt.calibration import read_calibration
+    from graphopt.engines.plugins import Choice, lower
+    from graphopt.files.load import load_model
+
     parsed_shapes = parse_shapes(shapes)
-    network = load_model(source)
-    inputs = [value for value in network.graph.inputs if not value.is_initializer()]
-    profiles = make_profiles(inputs, parsed_shapes)
-    # One fixed name: what a killed build leaves, the next one overwrites.
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with tempfile.TemporaryDirectory(prefix="graphopt-build-") as scratch:
-            folder = Path(scratch)
-            request = {
-                "runtime_operators": _runtime_operators(network),
-                "title": library.title,
-                "target": library.name,
-                "modules": library.modules,
-                "oldest": library.oldest,
-                "model": str(_inlined(network, source, folder)),
-                "beside": str(source.resolve()),
-                "profiles": {name: asdict(profile) for name, profile in profiles.items()},
-                "engine": str(partial.absolute()),
-                "log": str(folder / "log.txt"),
-                "answer": str(folder / "answer.json"),
-            }
-            del network
-            answer = _run_child(library, request, folder, source, on_log)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    model = load_model(source)
+    described = describe_model(model, source)
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    operators = runtime_operators(model)
+    changed = inline_all(model)  # the parser miscompiles legal uses of functions
+    coverage = predict(model, library.name)
+    deciding = coverage.shape_inputs
+    seen = Seen()
+    if calibration is not None:
+        data = read_calibration(Path(calibration), inputs)
+        # In a single file all samples are of one shape: only where values count are they looked at one by one.
+        seen = observe(inputs, data if deciding or Path(calibration).is_dir() else data[:1], deciding)
+    profiles = make_profiles(inputs, parsed_shapes, seen)
+    sizes = symbol_sizes(inputs, profiles)
+    lowered = lower(model, Choice(mode=cast("Mode", plugins), backend=library.name, gpu=_gpu_name(), sizes=sizes))
+    if lowered.written:
+        coverage = predict(model, library.name, plugins=lowered.op_types)
+    if not coverage.ok:
+        raise NotCovered(coverage, str(source))
+    for name in coverage.shape_inputs:
+        if name not in seen.values:
+            raise BadInput(
+                f"the input {name!r} decides a shape; {library.title} needs its range of values",
+                where=str(source),
+                hint="give --calibration with inputs of yours, or make it a constant of the model",
+            )
+    assignments = _buckets(sizes) if buckets else ()
+    kernels, architecture, notes = _prepare_plugins(lowered, options, sizes, bool(assignments))
+    return _Prepared(
+        file=write_for_parser(model, folder) if changed or lowered.written else source.absolute(),
+        runtime_operators=operators,
+        profiles=profiles,
+        all_profiles=[fix_profiles(inputs, profiles, chosen) for chosen in assignments] or [profiles],
+        values=dict(seen.values),
+        buckets=assignments,
+        coverage=coverage,
+        lowered=lowered,
+        model=described,
+        kernels=kernels,
+        architecture=architecture,
+        notes=notes,
+    )
+
+
+def _gpu_name() -> str | None:
+    found = describe_gpu()
+    return None if found is None else found[0]
+
+
+def _buckets(sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], ...]:
+    from graphopt.engines.qdp import buckets
+
+    varying = {symbol: limits for symbol, limits in sizes.items() if limits[0] != limits[1]}
+    return tuple({**{s: low for s, (low, _) in sizes.items()}, **chosen} for chosen in buckets(varying))
+
+
+def _prepare_plugins(
+    lowered: Lowered, options: BuildOptions, sizes: Mapping[str, tuple[int, int]], bucketed: bool
+) -> tuple[list[dict[str, Any]], str, tuple[str, ...]]:
+    """The kernels that the engine may take, what they are compiled for, and what the user should know."""
+    if not lowered.written:
+        return [], "", ()
+    from graphopt.engines.qdp import LEAK, architecture_for, prepare
+
+    gpu = describe_gpu()
+    # PTX for an older GPU runs on newer ones, and not the other way round.
+    one = gpu is not None and options.hardware_compatibility != "ampere-plus"
+    architecture = architecture_for(gpu[1] if gpu is not None and one else None)
+    kernels = [kernel.to_json() for kernel in prepare(lowered, architecture=architecture)]
+    varies = any(low != high for low, high in sizes.values())
+    return kernels, architecture, ((LEAK,) if varies and not bucketed else ())
+
+
+def _plugins_request(prepared: _Prepared) -> dict[str, Any]:
+    if not prepared.lowered.written:
+        return {}
+    return {"modules": list(prepared.lowered.modules), "architecture": prepared.architecture}
+
+
+def _plain(profiles: Mapping[str, Profile]) -> dict[str, dict[str, list[int]]]:
+    return {
+        name: {level: list(sizes) for level, sizes in asdict(profile).items()} for name, profile in profiles.items()
+    }
+
+
+def _result(
+    target: Path,
+    library: Backend,
+    options: BuildOptions,
+    prepared: _Prepared,
+    answer: Mapping[str, Any],
+    engine: Path,
+) -> BuildResult:
+    plugins = {}
+    if prepared.lowered.written or prepared.lowered.refused:
+        plugins = {**prepared.lowered.to_json(), "architecture": prepared.architecture, "kernels": prepared.kernels}
     return BuildResult(
         path=target,
         backend=library.name,
         version=answer["version"],
         bytes=answer["bytes"],
+        hash=hash_file(engine),
+        model=prepared.model,
         seconds=answer["seconds"],
         peak_rss_bytes=answer["peak_rss_bytes"],
         layers=answer["layers"],
-        profiles=profiles,
+        inputs=_tensors(answer["inputs"]),
+        outputs=_tensors(answer["outputs"]),
+        profiles=prepared.profiles,
+        values=prepared.values,
+        buckets=prepared.buckets,
+        options=options,
         gpu=answer["gpu"],
+        compute_capability=answer["compute_capability"],
+        coverage=_as_read(prepared.coverage.to_json()),
+        plugins=_as_read(plugins),
+        inspection=_inspection(answer),
+        notes=(*prepared.notes, *answer["notes"]),
         status="built, not run" if answer["gpu"] else "built, not run: no GPU here",
     )
 
 
-def _inlined(model: ir.Model, source: Path, folder: Path) -> Path:
-    """The file to parse: ``source``, or where it has functions a copy without them.
-
-    The copy names the same external data; the parser is told to look for it beside the original.
-    """
-    if not model.functions:
-        return source.resolve()
-    from onnx_ir.passes.common import InlinePass
-
-    InlinePass()(model)
-    copy = folder / "inlined.onnx"
-    copy.write_bytes(ir.to_proto(model).SerializeToString())
-    return copy
+def _as_read(plain: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file: lists for tuples."""
+    read: dict[str, Any] = json.loads(json.dumps(plain))
+    return read
 
 
-def _runtime_operators(model: ir.Model) -> list[str]:
-    """The types of ONNX Runtime's own operators in a model; the parser's errors do not tell domains."""
-    nodes = [
-        *model.graph.all_nodes(),
-        *(node for function in model.functions.values() for node in function.all_nodes()),
-    ]
-    return sorted({node.op_type for node in nodes if node.domain == "com.microsoft"})
+def _tensors(plain: Iterable[Mapping[str, Any]]) -> tuple[EngineTensor, ...]:
+    return tuple(
+        EngineTensor(one["name"], one["dtype"], None if one["shape"] is None else tuple(one["shape"])) for one in plain
+    )
 
 
-def _run_child(
-    library: Backend,
-    request: dict[str, Any],
-    folder: Path,
-    source: Path,
-    on_log: Callable[[str], None] | None,
-) -> dict[str, Any]:
-    """Run the worker and return its answer. Raises GraphoptError for a refusal or a crash."""
-    request_path, printed = folder / "request.json", folder / "printed.txt"
-    request_path.write_text(json.dumps(request))
-    log, answer_path = Path(request["log"]), Path(request["answer"])
-    log.touch()
-    with printed.open("wb") as output, log.open(errors="replace") as lines:
-        child = subprocess.Popen(
-            # By its path, and with -P so that its neighbours shadow nothing: importing graphopt would only cost.
-            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(request_path)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # The child may import from where this process does, and from nowhere else.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-        try:
-            while True:
-                try:
-                    code = child.wait(_POLL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    code = None
-                if on_log is not None:
-                    for line in lines:
-                        on_log(line.rstrip("\n"))
-                if code is not None:
-                    break
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-    if answer_path.exists():
-        answer: dict[str, Any] = json.loads(answer_path.read_text())
-        if "error" in answer:
-            raise GraphoptError(answer["error"], where=str(source), hint=answer["hint"])
-        return answer
-    raise _crash(library, code, log, printed, source)
-
-
-def _crash(library: Backend, code: int, log: Path, printed: Path, source: Path) -> GraphoptError:
-    said = _last_line(log) or _last_line(printed)
-    if code >= 0:
-        reason = _last_line(printed) or said or "no reason given"
-        what = f"the {library.title} build stopped with exit code {code}: {reason}"
-        return GraphoptError(what, where=str(source))
+def _inspection(answer: Mapping[str, Any]) -> Inspection:
+    if answer["inspection"] is None:
+        return Inspection(reason=answer["not_inspected"])
     try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    last = f"; its last words: {said}" if said else ""
-    hint = "out of memory?" if name == "SIGKILL" else "a fault of the library; --verbose shows its log"
-    return GraphoptError(f"{library.title} crashed ({name}){last}", where=str(source), hint=hint)
-
-
-def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+        return parse_inspection(answer["inspection"])
+    except GraphoptError as error:
+        return Inspection(reason=error.what)

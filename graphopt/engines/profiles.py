@@ -1,15 +1,19 @@
-"""Optimization profiles: the sizes an engine is built for, from ``--shapes``."""
+"""Optimization profiles: the sizes an engine is built for, from ``--shapes`` or from data."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from graphopt.errors import BadInput
+from graphopt.feeds import Feeds
 
 Sizes = tuple[int, ...]
 Range = tuple[Sizes, Sizes, Sizes]
@@ -24,6 +28,66 @@ class Profile:
     min: Sizes
     opt: Sizes
     max: Sizes
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What sizes some data has: the smallest, the middle one, the largest.
+
+    Attributes:
+        symbols: Symbol of the model → its size, over every input that has it.
+        inputs: Input → its shape; axes without a name are looked up here.
+        values: Input that decides a shape → its values, flattened.
+    """
+
+    symbols: Mapping[str, Range] = field(default_factory=dict)
+    inputs: Mapping[str, Range] = field(default_factory=dict)
+    values: Mapping[str, Profile] = field(default_factory=dict)
+
+
+def observe(inputs: Sequence[ir.Value], feeds: Iterable[Feeds], deciding: Collection[str] = ()) -> Seen:
+    """Look at the sizes of data. The middle size is the median, which more than half of the data having one size is.
+
+    Args:
+        inputs: The model's inputs.
+        feeds: The data; each is looked at once and not kept.
+        deciding: Inputs whose values decide shapes: their values are looked at, too.
+
+    Raises:
+        BadInput: An input that decides a shape has another number of values in one sample than in the others.
+    """
+    axes = {value.name or "": [_symbol(size) for size in value.shape or ()] for value in inputs}
+    shapes: dict[str, list[Sizes]] = defaultdict(list)
+    values: dict[str, list[Sizes]] = defaultdict(list)
+    for feed in feeds:
+        for name, array in feed.items():
+            shapes[name].append(tuple(array.shape))
+            if name in deciding:
+                values[name].append(tuple(int(item) for item in np.asarray(array).reshape(-1)))
+    symbols: dict[str, list[int]] = defaultdict(list)
+    for name, seen in shapes.items():
+        for symbol, sizes in zip(axes[name], zip(*seen, strict=True), strict=True):
+            if isinstance(symbol, str):
+                symbols[symbol] += sizes
+    for name, found in values.items():
+        if len({len(one) for one in found}) > 1:
+            raise BadInput(
+                f"{name!r} decides a shape and has another number of values in some samples", where="--calibration"
+            )
+    return Seen(
+        {symbol: _spread([(size,) for size in sizes]) for symbol, sizes in symbols.items()},
+        {name: _spread(seen) for name, seen in shapes.items()},
+        {name: Profile(*_spread(found)) for name, found in values.items()},
+    )
+
+
+def _spread(rows: Sequence[Sizes]) -> Range:
+    columns = list(zip(*rows, strict=True))
+    return (
+        tuple(min(column) for column in columns),
+        tuple(statistics.median_low(column) for column in columns),
+        tuple(max(column) for column in columns),
+    )
 
 
 def parse_shapes(options: Iterable[str]) -> dict[str, Range]:
@@ -51,12 +115,15 @@ def parse_shapes(options: Iterable[str]) -> dict[str, Range]:
     return shapes
 
 
-def make_profiles(inputs: Sequence[ir.Value], shapes: Mapping[str, Range]) -> dict[str, Profile]:
+def make_profiles(
+    inputs: Sequence[ir.Value], shapes: Mapping[str, Range], seen: Seen | None = None
+) -> dict[str, Profile]:
     """A profile for each input that has a dynamic axis.
 
     Args:
         inputs: The model's inputs.
         shapes: Input → shapes, or symbol → one size each, which then holds on every axis of that symbol.
+        seen: The sizes of data, for axes that ``shapes`` does not name.
 
     Raises:
         BadInput: A dynamic axis has no size; a name is unknown; a shape does not fit its input; two inputs
@@ -67,10 +134,12 @@ def make_profiles(inputs: Sequence[ir.Value], shapes: Mapping[str, Range]) -> di
     for name in shapes:
         if name not in known and name not in symbols:
             near = difflib.get_close_matches(name, [*known, *symbols], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the inputs are {', '.join(known)}"
+            named = f"; their axes {', '.join(sorted(symbols))}" if symbols else ""
+            hint = f"did you mean {near[0]!r}?" if near else f"the inputs are {', '.join(known)}{named}"
             raise BadInput(f"{name!r} is neither an input nor a symbolic axis", where="--shapes", hint=hint)
         if name not in known and len(shapes[name][0]) != 1:
             raise BadInput(f"{name!r} is an axis: give one size, not a shape", where="--shapes")
+    seen = seen or Seen()
     profiles: dict[str, Profile] = {}
     missing: list[ir.Value] = []
     for name, value in known.items():
@@ -80,21 +149,71 @@ def make_profiles(inputs: Sequence[ir.Value], shapes: Mapping[str, Range]) -> di
         if name in shapes:
             profiles[name] = _fit(name, axes, shapes[name])
         elif any(not isinstance(axis, int) for axis in axes):
-            if all(isinstance(axis, int) or axis in shapes for axis in axes):
-                low, best, high = (
-                    tuple(axis if isinstance(axis, int) else shapes[str(axis)][level][0] for axis in axes)
-                    for level in range(3)
-                )
+            known_axes = [_sizes_of(name, index, axis, shapes, seen) for index, axis in enumerate(axes)]
+            found = [sizes for sizes in known_axes if sizes is not None]
+            if len(found) == len(axes):
+                low, best, high = zip(*found, strict=True)
                 profiles[name] = Profile(low, best, high)
             else:
                 missing.append(value)
     if missing:
         raise BadInput(
             f"dynamic inputs without sizes: {', '.join(_described(value) for value in missing)}",
-            hint=f"for example {_example(missing, shapes)}",
+            hint=f"for example {_example(missing, {*shapes, *seen.symbols})}",
         )
     _refuse_contradictions(known, profiles)
     return {name: profile for name, profile in profiles.items() if not _is_static(known[name])}
+
+
+def _sizes_of(
+    name: str, index: int, axis: int | str | None, shapes: Mapping[str, Range], seen: Seen
+) -> tuple[int, int, int] | None:
+    """The three sizes of an axis, from what knows it best; None where nothing does."""
+    if isinstance(axis, int):
+        return axis, axis, axis
+    if axis is not None and (given := shapes.get(axis) or seen.symbols.get(axis)):
+        return given[0][0], given[1][0], given[2][0]
+    if axis is None and (whole := seen.inputs.get(name)):
+        return whole[0][index], whole[1][index], whole[2][index]
+    return None
+
+
+def symbol_sizes(inputs: Sequence[ir.Value], profiles: Mapping[str, Profile]) -> dict[str, tuple[int, int]]:
+    """The smallest and the largest size of each symbol of the inputs."""
+    return {
+        symbol: (profile.min[index], profile.max[index])
+        for value in inputs
+        if (profile := profiles.get(value.name or "")) is not None
+        for index, symbol in enumerate(map(_symbol, value.shape or ()))
+        if isinstance(symbol, str)
+    }
+
+
+def fix_profiles(
+    inputs: Sequence[ir.Value], profiles: Mapping[str, Profile], sizes: Mapping[str, int]
+) -> dict[str, Profile]:
+    """The profiles for one size a symbol.
+
+    Raises:
+        BadInput: An axis of another size in the profiles has no name, so that nothing fixes it.
+    """
+    fixed: dict[str, Profile] = {}
+    for value in inputs:
+        name = value.name or ""
+        if name not in profiles:
+            continue
+        profile = profiles[name]
+        chosen = []
+        for axis, low, high in zip(map(_symbol, value.shape or ()), profile.min, profile.max, strict=True):
+            if axis not in sizes and low != high:
+                raise BadInput(
+                    f"an axis of the input {name!r} has no name",
+                    where="--buckets",
+                    hint="name it when exporting, or give it one size with --shapes",
+                )
+            chosen.append(sizes[axis] if isinstance(axis, str) and axis in sizes else low)
+        fixed[name] = Profile(tuple(chosen), tuple(chosen), tuple(chosen))
+    return fixed
 
 
 def _symbol(size: int | ir.SymbolicDim) -> int | str | None:
@@ -119,7 +238,7 @@ def _described(value: ir.Value) -> str:
     return f"{value.name} [{', '.join('?' if axis is None else str(axis) for axis in axes)}]"
 
 
-def _example(missing: Sequence[ir.Value], shapes: Mapping[str, Range]) -> str:
+def _example(missing: Sequence[ir.Value], known: Collection[str]) -> str:
     """Options that would do: one for each symbol, or one for an input that has an unnamed axis."""
     options: dict[str, str] = {}
     for value in missing:
@@ -130,7 +249,7 @@ def _example(missing: Sequence[ir.Value], shapes: Mapping[str, Range]) -> str:
             )
             options[value.name or ""] = f"{low}/{best}/{high}"
         else:
-            options |= {str(a): "1/4/8" for a in axes if not isinstance(a, int) and str(a) not in shapes}
+            options |= {str(a): "1/4/8" for a in axes if not isinstance(a, int) and str(a) not in known}
     return " ".join(f"--shapes {name}={sizes}" for name, sizes in options.items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,31 @@ class OnnxRuntimeRunner:
 
 Backend = Callable[[Path, int | None], Runner]
 
+
+def _later(module: str, function: str) -> Backend:
+    """A backend of a layer above this one, imported when it is first used."""
+
+    def load_with(path: Path, threads: int | None) -> Runner:
+        runner: Runner = getattr(importlib.import_module(module), function)(path, threads)
+        return runner
+
+    return load_with
+
+
 # name -> how to load a file with it. Other parts of graphopt add theirs.
-BACKENDS: dict[str, Backend] = {"onnxruntime": OnnxRuntimeRunner}
-# The backend for files of a kind, where the caller names none.
-BACKEND_FOR_SUFFIX: dict[str, str] = {".onnx": "onnxruntime", ".ort": "onnxruntime"}
+BACKENDS: dict[str, Backend] = {
+    "onnxruntime": OnnxRuntimeRunner,
+    "tensorrt": _later("graphopt.engines.running", "load_engine"),
+    "tensorrt-rtx": _later("graphopt.engines.running", "load_engine"),
+}
+# The backend for files of a kind, where the caller names none. An engine's own file says whose it is.
+BACKEND_FOR_SUFFIX: dict[str, str] = {
+    ".onnx": "onnxruntime",
+    ".ort": "onnxruntime",
+    ".engine": "tensorrt",
+    ".plan": "tensorrt",
+    ".trt": "tensorrt",
+}
 
 
 def load(path: str | Path, backend: str | None = None, threads: int | None = None) -> Runner:

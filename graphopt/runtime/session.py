@@ -209,8 +209,7 @@ def bind(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Cal
     check_feeds([(spec.name, spec.type, spec.shape) for spec in session.get_inputs()], feeds)
     wanted = [output.name for output in session.get_outputs()]
     if any(_is_raw(array) for array in feeds.values()) or any(_raw_type(o.type) for o in session.get_outputs()):
-        ort = import_onnxruntime()
-        values = {name: _ort_value(ort, array) for name, array in feeds.items()}
+        values = {name: to_ort_value(array) for name, array in feeds.items()}
         return lambda: session.run_with_ort_values(wanted, values)
     arrays = {name: _as_array(value) for name, value in feeds.items()}
     return lambda: session.run(wanted, arrays)
@@ -243,7 +242,7 @@ def check_feeds(specs: Sequence[tuple[str, str, Sequence[int | str | None] | Non
         given_text = f"{_dtype_name(value.dtype)}{_shape_text(value.shape)}"
         if value.dtype != dtype and not (dtype == np.dtype(object) and value.dtype.kind in "OUS"):
             raise BadInput(f"expected {describe(kind, shape)}, got {given_text}", where=where, hint="the dtype differs")
-        if shape is None:
+        if not shape:  # ONNX Runtime tells an input of unknown rank as one without axes, and takes any rank for both
             continue
         if len(shape) != value.ndim:
             raise BadInput(f"expected {describe(kind, shape)}, got {given_text}", where=where, hint="the rank differs")
@@ -294,7 +293,7 @@ def _hand_over(
     if not arrays:
         return []
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in arrays.items()}
-    values = {name: _ort_value(ort, array) for name, array in contiguous.items()}
+    values = {name: to_ort_value(array) for name, array in contiguous.items()}
     if optimized:
         # The optimizer folds constants, and looks at values only where they are part of the graph: one copy.
         options.add_external_initializers(list(values), list(values.values()))
@@ -304,7 +303,9 @@ def _hand_over(
     return [(values[name], contiguous[name]) for name in values]
 
 
-def _ort_value(ort: Any, value: Any) -> Any:
+def to_ort_value(value: Any) -> Any:
+    """An array as ONNX Runtime's value, of any type; it points into the array, which has to live as long."""
+    ort = import_onnxruntime()
     array = np.asarray(value)
     raw = _RAW_TYPES.get(array.dtype)
     if raw is None:
@@ -328,13 +329,13 @@ def _raw_type(kind: str) -> np.dtype[Any] | None:
 
 def _run_raw(session: Any, arrays: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
     """Run with types that numpy cannot name on the way in or out."""
-    ort = import_onnxruntime()
-    values = {name: _ort_value(ort, array) for name, array in arrays.items()}
+    values = {name: to_ort_value(array) for name, array in arrays.items()}
     results = session.run_with_ort_values(wanted, values)
-    return {name: _to_numpy(result) for name, result in zip(wanted, results, strict=True)}
+    return {name: from_ort_value(result) for name, result in zip(wanted, results, strict=True)}
 
 
-def _to_numpy(value: Any) -> Any:
+def from_ort_value(value: Any) -> Any:
+    """What ONNX Runtime's value holds: an array of any type, or what the runtime gives for a sequence."""
     if not value.is_tensor():
         return value.numpy() if hasattr(value, "numpy") else value
     dtype = _raw_type(value.data_type())

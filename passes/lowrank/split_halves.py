@@ -5,34 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
-from graphopt import graphs, weights
+from graphopt import graphs
 from graphopt.matching import int_attribute, made_by
+from graphopt.passes.lowrank.elementwise import BROADCASTING, ELEMENTWISE, MOST_NODES, size_along, slice_of
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 from graphopt.shapes import trusted_shape
-
-_MOST_NODES = 64
-_BROADCASTING = 8
-"""From this opset on all operators below broadcast like numpy."""
-
-_OF_ONE = (
-    *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil", "Celu", "Clip"),
-    *("Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf"),
-    *("IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink"),
-    *("Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh"),
-    "ThresholdedRelu",
-)
-_OF_SEVERAL = (
-    *("Add", "And", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual"),
-    *("Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where"),
-    "Xor",
-)
-_ELEMENTWISE = {
-    "": frozenset((*_OF_ONE, *_OF_SEVERAL)),
-    "com.microsoft": frozenset({"BiasGelu", "FastGelu", "Gelu", "QuickGelu"}),
-}
 
 
 @dataclass
@@ -112,12 +91,12 @@ def _rejoin(node: ir.Node, ctx: Context) -> bool:
 
 def _split(node: ir.Node, ctx: Context) -> bool:
     source = node.inputs[0]
-    if source is None or ctx.opset < _BROADCASTING:
+    if source is None or ctx.opset < BROADCASTING:
         return False
     axis = _from_the_end(node, source)
     if axis is None or not _leads_to_concat(source):
         return False
-    sizes = split_sizes(node, _size(source, axis))
+    sizes = split_sizes(node, size_along(source, axis))
     if sizes is None:
         ctx.refuse(node, "the sizes of the parts are not known")
         return False
@@ -150,7 +129,7 @@ def split_sizes(node: ir.Node, size: int | None) -> tuple[int, ...] | None:
     if attribute is not None:
         return None if attribute.is_ref() else tuple(attribute.as_ints())
     if len(node.inputs) > 1 and node.inputs[1] is not None:
-        array = graphs.constant_array(node.inputs[1], limit=_MOST_NODES)
+        array = graphs.constant_array(node.inputs[1], limit=MOST_NODES)
         return None if array is None else tuple(int(length) for length in array.reshape(-1))
     count = int_attribute(node, "num_outputs", len(node.outputs))
     if size is None or count is None or count != len(node.outputs):
@@ -169,7 +148,7 @@ def split_sizes(node: ir.Node, size: int | None) -> tuple[int, ...] | None:
 def _leads_to_concat(value: ir.Value) -> bool:
     """Whether it is worth looking: some Concat is behind elementwise operators."""
     waiting, seen = [value], {value}
-    while waiting and len(seen) <= 4 * _MOST_NODES:
+    while waiting and len(seen) <= 4 * MOST_NODES:
         node = waiting.pop().producer()
         if node is None:
             continue
@@ -183,7 +162,7 @@ def _leads_to_concat(value: ir.Value) -> bool:
 
 
 def _is_elementwise(node: ir.Node) -> bool:
-    return node.op_type in _ELEMENTWISE.get(node.domain, ()) or _is_norm(node)
+    return node.op_type in ELEMENTWISE.get(node.domain, ()) or _is_norm(node)
 
 
 def _is_norm(node: ir.Node) -> bool:
@@ -224,8 +203,8 @@ def _explore(region: _Region) -> None:
             raise _Refused(f"{'an input' if node is None else node.op_type} is no Concat of such parts")
         if node.graph is not region.split.graph:
             raise _Refused(f"{node.op_type} is computed outside the body")
-        if len(seen) > _MOST_NODES:
-            raise _Refused(f"more than {_MOST_NODES} nodes between")
+        if len(seen) > MOST_NODES:
+            raise _Refused(f"more than {MOST_NODES} nodes between")
         waiting.append((value, True))
         waiting.extend((v, False) for v in _operands(region, node))
     inside = {*region.nodes, region.split}
@@ -277,7 +256,7 @@ def _is_leaf(region: _Region, value: ir.Value) -> bool:
     if (axis if axis < 0 or shape is None else axis - len(shape)) != region.axis:
         raise _Refused("Concat joins another axis")
     parts = [part for part in node.inputs if part is not None]
-    sizes = [_size(part, region.axis) for part in parts]
+    sizes = [size_along(part, region.axis) for part in parts]
     if sizes != list(region.sizes):
         told = ["?" if size is None else size for size in sizes]
         raise _Refused(f"Concat joins {', '.join(map(str, told))}, Split takes {', '.join(map(str, region.sizes))}")
@@ -293,14 +272,6 @@ def _from_the_end(node: ir.Node, source: ir.Value) -> int | None:
     return None if shape is None else axis - len(shape)
 
 
-def _size(value: ir.Value, axis: int) -> int | None:
-    shape = trusted_shape(value)
-    if shape is None or len(shape) < -axis:
-        return None
-    size = shape[axis]
-    return size if isinstance(size, int) else None
-
-
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
@@ -312,8 +283,8 @@ def _part(region: _Region, part: int, ctx: Context) -> tuple[list[ir.Node], ir.V
     start = sum(region.sizes[:part])
     places = slice(start, start + region.sizes[part])
     for value, tensor in region.sliced.items():
-        found[value] = _slice(value, tensor, region.axis, places, ctx)
-    vectors = {value: _slice(value, tensor, 0, places, ctx) for value, tensor in region.vectors.items()}
+        found[value] = slice_of(value, tensor, region.axis, places, ctx)
+    vectors = {value: slice_of(value, tensor, 0, places, ctx) for value, tensor in region.vectors.items()}
     made = []
     for node in region.nodes:
         model = region.split.outputs[part] if node.outputs[0] is source else _resized(region, node.outputs[0], part)
@@ -323,18 +294,6 @@ def _part(region: _Region, part: int, ctx: Context) -> tuple[list[ir.Node], ir.V
         made.append(ctx.node(node.op_type, inputs, node.attributes, like=model, domain=node.domain))
         found[node.outputs[0]] = made[-1].outputs[0]
     return made, found[source]
-
-
-def _slice(value: ir.Value, tensor: ir.TensorProtocol, axis: int, places: slice, ctx: Context) -> ir.Value:
-    """Some places of a constant along an axis, as a constant."""
-    shape = list(tensor.shape.numpy())
-    shape[axis] = places.stop - places.start
-
-    def compute() -> ir.TensorProtocol:
-        array = np.moveaxis(weights.read(tensor), axis, 0)[places]
-        return ir.tensor(np.ascontiguousarray(np.moveaxis(array, 0, axis)))
-
-    return ctx.constant(weights.computed(compute, tensor.dtype, shape), f"{value.name or 'constant'}_part")
 
 
 def _resized(region: _Region, value: ir.Value, part: int) -> ir.Value:

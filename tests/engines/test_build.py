@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,11 @@ import onnx_ir as ir
 import pytest
 
 import graphopt.engines.backends as backends
-from graphopt.engines import build_engine
+import graphopt.engines.build as build_module
+from graphopt.engines import BuildOptions, Profile, build_engine, read_report
+from graphopt.engines.build import NotCovered
+from graphopt.engines.child import Refused
+from graphopt.engines.coverage import Coverage
 from graphopt.errors import BadInput, GraphoptError, MissingDependency
 
 needs_rtx = pytest.mark.skipif(
@@ -19,11 +24,8 @@ needs_rtx = pytest.mark.skipif(
 )
 
 
-def save(text: str, path: Path, weights: dict[str, np.ndarray] | None = None) -> Path:
-    model = ir.from_onnx_text(text)
-    for name, array in (weights or {}).items():
-        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
-    ir.save(model, path)
+def save(text: str, path: Path) -> Path:
+    ir.save(ir.from_onnx_text(text), path)
     return path
 
 
@@ -54,6 +56,7 @@ def fake_library(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> No
 LOGGING_LIBRARY = """
 import os, signal
 __version__ = "1.7"
+def init_libnvinfer_plugins(logger, namespace): pass
 class ILogger:
     class Severity:
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -162,6 +165,7 @@ def test_bad_arguments(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_rtx_builds_a_static_model(model: Path, tmp_path: Path) -> None:
     result = build_engine(model, tmp_path / "e", backend="tensorrt-rtx")
     assert result.bytes == (tmp_path / "e").stat().st_size > 0
+    assert read_report(tmp_path / "e") == result
     assert result.profiles == {}
     assert result.layers == 1
     assert result.status.startswith("built, not run")
@@ -210,34 +214,66 @@ def test_functions_and_external_data_together(tmp_path: Path) -> None:
     assert build_engine(tmp_path / "model.onnx", tmp_path / "e", backend="tensorrt-rtx").bytes > 0
 
 
-@needs_rtx
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        (
-            """<ir_version: 10, opset_import: ["" : 20]> g (uint8[2, 3] x, uint8[3, 2] w) => (int32[2, 2] y)
-            { [product] y = MatMulInteger(x, w) }""",
-            "node 'product': TensorRT-RTX does not support MatMulInteger"
-            " (int8 for TensorRT is written with QuantizeLinear and DequantizeLinear pairs)",
-        ),
-        (
-            """<ir_version: 10, opset_import: ["" : 20, "mine" : 1]> g (float[2, 3] x) => (float[2, 3] y)
-            { [n] y = mine.Magic(x) }""",
-            "node 'n': TensorRT-RTX has no operator 'Magic'"
-            " (a custom operator needs a plugin, or a function body of standard operators)",
-        ),
-        (
-            """<ir_version: 10, opset_import: ["" : 20]> g (float[2, 3] x) => (float[2, 3] y, int64[k] v)
-            { y = Relu(x)  [first] u, v = Unique(x)  }""",
-            "node 'first': TensorRT-RTX does not support Unique",
-        ),
-    ],
+NOTHING_REFUSED = Coverage(
+    target="tensorrt-rtx", title="TensorRT-RTX", version="1.7", nodes=1, refused=(), shape_inputs=()
 )
-def test_what_the_parser_refuses(tmp_path: Path, text: str, line: str) -> None:
+REFUSED = [
+    (
+        """<ir_version: 10, opset_import: ["" : 20]> g (uint8[2, 3] x, uint8[3, 2] w) => (int32[2, 2] y)
+        { [product] y = MatMulInteger(x, w) }""",
+        "node 'product': TensorRT-RTX does not support MatMulInteger"
+        " (int8 for TensorRT is written with QuantizeLinear and DequantizeLinear pairs)",
+        ["product"],
+    ),
+    (
+        """<ir_version: 10, opset_import: ["" : 20, "mine" : 1]> g (float[2, 3] x) => (float[2, 3] y)
+        { [n] y = mine.Magic(x) }""",
+        "node 'n': TensorRT-RTX has no operator 'Magic'"
+        " (a custom operator needs a plugin, or a function body of standard operators)",
+        ["n"],
+    ),
+    (
+        """<ir_version: 10, opset_import: ["" : 20]> g (float[2, 3] x) => (float[2, 3] y, int64[k] v)
+        { y = Relu(x)  [first] u, v = Unique(x)  }""",
+        "node 'first': TensorRT-RTX does not support Unique",
+        ["first"],
+    ),
+    (
+        """<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g (float[2, 3] x) => (float[2, 3] y)
+        { [n] y = com.microsoft.QuickGelu(x) }""",
+        "node 'n': TensorRT-RTX has no operator 'QuickGelu'"
+        " (QuickGelu is ONNX Runtime's own: optimize with --target tensorrt-rtx, which uses none of those)",
+        ["n"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "_line", "nodes"), REFUSED)
+def test_nodes_that_do_not_run_are_told_before_the_library_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, _line: str, nodes: list[str]
+) -> None:
+    fake_library(tmp_path, monkeypatch, "raise AssertionError('loaded')")
     path = save(text, tmp_path / "model.onnx")
-    with pytest.raises(GraphoptError) as caught:
+    with pytest.raises(NotCovered) as caught:
+        build_engine(path, tmp_path / "e", backend="tensorrt-rtx")
+    assert [refused.node for refused in caught.value.coverage.refused] == nodes
+    assert str(caught.value).startswith(f"{path}: ") and caught.value.hint
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "e").exists()
+
+
+@needs_rtx
+@pytest.mark.parametrize(("text", "line", "nodes"), REFUSED)
+def test_what_the_parser_refuses_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, line: str, nodes: list[str]
+) -> None:
+    """Where the prediction is wrong, the library has the last word."""
+    monkeypatch.setattr(build_module, "predict", lambda *_, **__: NOTHING_REFUSED)
+    path = save(text, tmp_path / "model.onnx")
+    with pytest.raises(Refused) as caught:
         build_engine(path, tmp_path / "e", backend="tensorrt-rtx")
     assert str(caught.value) == f"{path}: {line}"
+    assert [refused["node"] for refused in caught.value.nodes] == nodes
     assert caught.value.exit_code == 1
     assert not (tmp_path / "e").exists()
 
@@ -261,5 +297,146 @@ def test_an_input_that_decides_a_shape(tmp_path: Path) -> None:
         build_engine(path, tmp_path / "e", backend="tensorrt-rtx")
     assert str(caught.value) == (
         f"{path}: the input 's' decides a shape; TensorRT-RTX needs its range of values"
-        " (make it a constant of the model, or an axis of another input)"
+        " (give --calibration with inputs of yours, or make it a constant of the model)"
     )
+    assert caught.value.exit_code == 2
+    np.savez(tmp_path / "c.npz", x=np.zeros((3, 2, 3), np.float32), s=np.array([[3, 2], [6, 1], [1, 6]]))
+    result = build_engine(path, tmp_path / "e", backend="tensorrt-rtx", calibration=tmp_path / "c.npz")
+    assert result.values == {"s": Profile((1, 1), (3, 2), (6, 6))}
+
+
+@needs_rtx
+def test_sizes_come_from_data(tmp_path: Path) -> None:
+    path = save(DYNAMIC, tmp_path / "model.onnx")
+    (tmp_path / "data").mkdir()
+    for index, batch in enumerate((2, 5, 2)):
+        np.savez(tmp_path / "data" / f"{index}.npz", x=np.zeros((batch, 3), np.float32))
+    result = build_engine(path, tmp_path / "e", backend="tensorrt-rtx", calibration=tmp_path / "data")
+    assert result.profiles == {"x": Profile((2, 3), (2, 3), (5, 3))}
+    given = build_engine(
+        path, tmp_path / "e", backend="tensorrt-rtx", calibration=tmp_path / "data", shapes=["batch=1/4/8"]
+    )
+    assert given.profiles == {"x": Profile((1, 3), (4, 3), (8, 3))}
+
+
+@needs_rtx
+def test_a_profile_for_each_bucket(tmp_path: Path) -> None:
+    path = save(DYNAMIC, tmp_path / "model.onnx")
+    result = build_engine(path, tmp_path / "e", backend="tensorrt-rtx", shapes=["batch=1/4/6"], buckets=True)
+    assert result.buckets == ({"batch": 1}, {"batch": 2}, {"batch": 4}, {"batch": 6})
+    assert result.profiles == {"x": Profile((1, 3), (4, 3), (6, 3))}
+
+
+@needs_rtx
+def test_what_rtx_can_be_told_without_a_gpu(tmp_path: Path) -> None:
+    path = save(DYNAMIC, tmp_path / "model.onnx")
+    options = BuildOptions(
+        workspace=1 << 28,
+        optimization_level=1,
+        sparsity=True,
+        weight_streaming=True,
+        compute_capabilities=("sm86", "sm120"),
+    )
+    phases: list[tuple[str, float]] = []
+    result = build_engine(
+        path,
+        tmp_path / "e",
+        backend="tensorrt-rtx",
+        shapes=["batch=1/4/8"],
+        options=options,
+        on_progress=lambda phase, fraction: phases.append((phase, fraction)),
+    )
+    assert read_report(tmp_path / "e").options == options
+    fractions = [fraction for _, fraction in phases]
+    assert fractions == sorted(fractions) and 0.5 < fractions[-1] <= 1
+    if result.gpu is None:
+        assert result.inspection.reason == "an engine is opened on a GPU only, and there is none here"
+
+
+@needs_rtx
+def test_too_little_scratch_memory(tmp_path: Path) -> None:
+    path = save(
+        """<ir_version: 10, opset_import: ["" : 20]> g (float16[b, 16] x, float16[16, 16] w)
+        => (float16[b, 16] y) { y = MatMul(x, w) }""",
+        tmp_path / "model.onnx",
+    )
+    with pytest.raises(GraphoptError, match="no tactics to implement the operation within workspace limit") as caught:
+        build_engine(
+            path, tmp_path / "e", backend="tensorrt-rtx", shapes=["b=1/4/8"], options=BuildOptions(workspace=1 << 20)
+        )
+    assert caught.value.hint == "give more --workspace"
+
+
+def test_an_option_that_the_library_does_not_know_is_bad_input(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_library(tmp_path, monkeypatch, "raise AssertionError('loaded')")
+    with pytest.raises(BadInput, match="--timing-cache: FakeRT has no timing cache"):
+        build_engine(
+            model, tmp_path / "e", backend="tensorrt-rtx", options=BuildOptions(timing_cache=tmp_path / "cache")
+        )
+
+
+CHILD = """
+import sys
+from tests.engines.fake_backend.library import make_library
+sys.modules[__name__] = make_library({version!r}, faults={faults!r})
+"""
+
+
+def play(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str, *faults: str) -> None:
+    """Make ``--backend tensorrt`` import the fake of a version, in the child."""
+    (folder / "played_trt.py").write_text(CHILD.format(version=version, faults=faults))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    played = backends.Backend("tensorrt", "TensorRT", ("played_trt",), "tensorrt", (10, 9))
+    monkeypatch.setitem(backends.BACKENDS, "tensorrt", played)
+
+
+def test_a_whole_build_with_every_option_of_tensorrt(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(tmp_path, monkeypatch, "tensorrt 11.4")
+    options = BuildOptions(
+        timing_cache=tmp_path / "timings",
+        workspace=1 << 30,
+        optimization_level=4,
+        strip_weights=True,
+        hardware_compatibility="ampere-plus",
+        version_compatible=True,
+    )
+    result = build_engine(model, tmp_path / "e", backend="tensorrt", options=options)
+    assert result.version == "11.4.0.106"
+    assert (tmp_path / "timings").read_bytes().startswith(b"FAKECACHE")
+    assert read_report(tmp_path / "e") == result
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == sorted(
+        ["model.onnx", "played_trt.py", "e", "e.json", "timings"]
+    )
+
+
+def test_an_engine_outlives_a_crash_of_the_inspector(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(tmp_path, monkeypatch, "tensorrt 10.9", "inspector")
+    driver = tmp_path / "driver.c"
+    driver.write_text(DRIVER)
+    subprocess.run(["cc", "-shared", "-fPIC", str(driver), "-o", str(tmp_path / "driver.so")], check=True)
+    monkeypatch.setenv("GRAPHOPT_LIBCUDA", str(tmp_path / "driver.so"))
+    result = build_engine(model, tmp_path / "e", backend="tensorrt", plugins="never")
+    assert (result.gpu, result.compute_capability) == ("played GPU", "8.9")
+    assert result.inspection.reason == "the library crashed when it was asked about the engine's layers"
+    assert read_report(tmp_path / "e") == result
+
+
+# A driver that knows one GPU, as far as it is asked here.
+DRIVER = """
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int index) { *device = 0; return 0; }
+int cuDeviceGetName(char *to, int size, int device) {
+    const char *from = "played GPU";
+    while ((*to++ = *from++)) {}
+    return 0;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 8 : 9; return 0; }
+"""

@@ -1,11 +1,13 @@
-"""``--shapes`` to profiles: what is refused, and with which words."""
+"""``--shapes`` and data to profiles: what is refused, and with which words."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
 from graphopt.engines import Profile, make_profiles, parse_shapes
+from graphopt.engines.profiles import Seen, fix_profiles, observe, symbol_sizes
 from graphopt.errors import BadInput
 
 
@@ -92,3 +94,51 @@ def test_shapes_that_do_not_fit(inputs: list[ir.Value], options: list[str], line
     with pytest.raises(BadInput) as caught:
         make_profiles(inputs, parse_shapes(options))
     assert str(caught.value) == line
+
+
+def feed(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def test_sizes_of_data() -> None:
+    """The middle one is a size that occurs, and the one that most of the data has."""
+    seen = observe([IDS, MASK], [feed(ids=(1, n), mask=(2, n)) for n in (7, 128, 12, 12, 3, 12)])
+    assert seen.symbols == {"batch": ((1,), (1,), (2,)), "sequence": ((3,), (12,), (128,))}
+    profiles = make_profiles([IDS, MASK], {}, seen)
+    expected = Profile((1, 3), (1, 12), (2, 128))
+    assert profiles == {"ids": expected, "mask": expected}
+
+
+def test_shapes_go_before_data_and_unnamed_axes_have_their_own_sizes() -> None:
+    seen = observe([IMAGE], [feed(image=(1, 3, n)) for n in (8, 32, 16)])
+    profiles = make_profiles([IMAGE], parse_shapes(["batch=1/4/8"]), seen)
+    assert profiles == {"image": Profile((1, 3, 8), (4, 3, 16), (8, 3, 32))}
+
+
+def test_what_neither_says() -> None:
+    with pytest.raises(BadInput, match="for example --shapes sequence=1/4/8"):
+        make_profiles([IDS, MASK], {}, Seen(symbols={"batch": ((1,), (1,), (1,))}))
+
+
+def test_values_that_decide_shapes() -> None:
+    sizes = value("sizes", 2)
+    data = [{"sizes": np.array(row)} for row in ([4, 1], [2, 9], [3, 3])]
+    assert observe([sizes], data, ["sizes"]).values == {"sizes": Profile((2, 1), (3, 3), (4, 9))}
+    scalar = value("k")
+    assert observe([scalar], [{"k": np.array(5)}], ["k"]).values == {"k": Profile((5,), (5,), (5,))}
+    with pytest.raises(BadInput, match="another number of values in some samples"):
+        observe([value("n", "many")], [{"n": np.arange(2)}, {"n": np.arange(3)}], ["n"])
+
+
+def test_one_size_a_profile() -> None:
+    profiles = make_profiles([IDS, MASK], parse_shapes(["batch=1/4/8", "sequence=1/64/128"]))
+    assert symbol_sizes([IDS, MASK], profiles) == {"batch": (1, 8), "sequence": (1, 128)}
+    fixed = fix_profiles([IDS, MASK], profiles, {"batch": 2, "sequence": 128})
+    assert fixed == {name: Profile((2, 128), (2, 128), (2, 128)) for name in ("ids", "mask")}
+    unnamed = make_profiles([IMAGE], parse_shapes(["image=1x3x8/2x3x16/2x3x32"]))
+    with pytest.raises(BadInput) as caught:
+        fix_profiles([IMAGE], unnamed, {"batch": 1})
+    assert str(caught.value) == (
+        "--buckets: an axis of the input 'image' has no name"
+        " (name it when exporting, or give it one size with --shapes)"
+    )

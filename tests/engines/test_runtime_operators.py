@@ -32,9 +32,9 @@ def test_an_operator_of_onnx_runtime_is_called_that(text: str, tmp_path: Path) -
     ir.save(ir.from_onnx_text(text), path)
     with pytest.raises(GraphoptError) as caught:
         build_engine(path, tmp_path / "e", backend="tensorrt-rtx")
-    assert caught.value.hint == (
-        "QuickGelu is ONNX Runtime's own: optimize with --target tensorrt-rtx, which uses none of those"
-    )
+    assert caught.value.hint is not None
+    assert "ONNX Runtime's own" in caught.value.hint
+    assert "optimize with --target tensorrt-rtx" in caught.value.hint
 
 
 def test_other_operators_are_not_called_that(tmp_path: Path) -> None:
@@ -42,4 +42,5 @@ def test_other_operators_are_not_called_that(tmp_path: Path) -> None:
     ir.save(ir.from_onnx_text(IN_THE_GRAPH.replace("com.microsoft", "mine")), path)
     with pytest.raises(GraphoptError) as caught:
         build_engine(path, tmp_path / "e", backend="tensorrt-rtx")
-    assert caught.value.hint == "a custom operator needs a plugin, or a function body of standard operators"
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("a custom operator needs a plugin, or a function body of standard operators")

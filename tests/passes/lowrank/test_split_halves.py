@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from graphopt.passes.lowrank.elementwise import ELEMENTWISE
 from graphopt.passes.lowrank.pivot import Pivot
-from graphopt.passes.lowrank.split_halves import _ELEMENTWISE, SplitHalves, split_sizes
+from graphopt.passes.lowrank.split_halves import SplitHalves, split_sizes
 from graphopt.rewrite.manager import PassRecord
 from tests.models.blocks import llama_block, mlp_block
 from tests.passes.common import applications, assert_same_bits, op_types, run_ort, run_pass
@@ -587,4 +588,4 @@ def test_no_concat_meets_a_split_behind_pivot(build: object, shape: tuple[int, .
 
 def test_every_operator_is_one_of_the_standard() -> None:
     known = {schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain}
-    assert _ELEMENTWISE[""] <= known
+    assert ELEMENTWISE[""] <= known

@@ -1,0 +1,239 @@
+"""The plan of a bundle: which block runs when, and where its values come from and go to.
+
+A plan is structured as the network was: a list of steps, of which some hold lists of steps. Every value has one name
+and is made in one place, so a plan can be followed by hand. Blocks are static networks; all that a plan does itself is
+to ask a condition, to count, to cut and to stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+VERSION = 1
+
+Size = int | str | None
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class Port(_Part):
+    """A value that goes in or out.
+
+    Attributes:
+        name: Of the value.
+        type: As ONNX Runtime spells it: ``tensor(float)``, ``seq(tensor(int64))``, ``optional(tensor(float))``.
+        shape: Sizes; a word where an axis is symbolic, None where nothing is known of it. None: not even the rank is.
+    """
+
+    name: str
+    type: str
+    shape: list[Size] | None = None
+
+
+class Block(_Part):
+    """A static network.
+
+    Attributes:
+        file: In the bundle's folder.
+        inputs, outputs: As the network names them.
+        nodes: How many operators it has.
+    """
+
+    file: str
+    inputs: list[Port]
+    outputs: list[Port]
+    nodes: int
+
+
+class Run(_Part):
+    """Run a block.
+
+    Attributes:
+        run: Which.
+        reads: Input of the block -> value.
+        makes: Output of the block -> value.
+    """
+
+    run: str
+    reads: dict[str, str] = {}
+    makes: dict[str, str] = {}
+
+
+class Branch(_Part):
+    """Run one of two lists of steps.
+
+    Attributes:
+        condition: A value with one boolean, asked as ``if``.
+        then, otherwise: What to do.
+        gives: Value -> what it is after ``then``, and after ``otherwise``.
+    """
+
+    condition: str = Field(alias="if")
+    then: list[Step] = []
+    otherwise: list[Step] = Field(default=[], alias="else")
+    gives: dict[str, tuple[str, str]] = {}
+
+
+class State(_Part):
+    """What one turn of a loop hands to the next.
+
+    Attributes:
+        name: In the body.
+        start: The value of the first turn.
+        next: The value after a turn.
+        gives: The value after the last turn; None where nobody asks.
+    """
+
+    name: str
+    start: str
+    next: str
+    gives: str | None = None
+
+
+class Slice(_Part):
+    """A value of which each turn gets a part.
+
+    Attributes:
+        name: In the body.
+        of: What is cut.
+        axis: Along which; each turn gets one index, and the axis is gone.
+        backwards: Whether from the last index to the first.
+    """
+
+    name: str
+    of: str
+    axis: int = 0
+    backwards: bool = False
+
+
+class Stack(_Part):
+    """A value of which each turn makes a part.
+
+    Attributes:
+        each: What a turn makes.
+        gives: All of it, along a new axis.
+        axis: That axis.
+        backwards: Whether later turns come first.
+        part: What a turn makes, for a loop that takes none.
+    """
+
+    each: str
+    gives: str
+    axis: int = 0
+    backwards: bool = False
+    part: Port
+
+
+class Loop(_Part):
+    """Run steps again and again.
+
+    Attributes:
+        loop: A name to call it by.
+        trips: A value with the most turns; None: there is no such limit but that of the slices.
+        condition: A value with one boolean, whether to begin; None: yes.
+        counter: In the body, the number of the turn from 0 (int64); None where nobody asks.
+        goes: In the body, what was said about going on before this turn; None where nobody asks.
+        state, slices, stacks: What turns hand on, get and make.
+        body: What a turn does.
+        again: A value of the body with one boolean, whether there is a next turn; None: yes.
+    """
+
+    loop: str
+    trips: str | None = None
+    condition: str | None = None
+    counter: Port | None = None
+    goes: Port | None = None
+    state: list[State] = []
+    slices: list[Slice] = []
+    stacks: list[Stack] = []
+    body: list[Step] = []
+    again: str | None = None
+
+
+def _kind(step: object) -> str:
+    if isinstance(step, Run | Branch | Loop):
+        return {Run: "run", Branch: "if", Loop: "loop"}[type(step)]
+    return next((key for key in ("run", "if", "loop") if isinstance(step, dict) and key in step), "")
+
+
+Step = Annotated[
+    Annotated[Run, Tag("run")] | Annotated[Branch, Tag("if")] | Annotated[Loop, Tag("loop")], Discriminator(_kind)
+]
+
+
+class Plan(_Part):
+    """What a host does to run a network.
+
+    Attributes:
+        version: Of this schema.
+        inputs: Of the network.
+        outputs: Of the network, under their own names.
+        gives: Output -> the value that it is.
+        blocks: Name -> static network.
+        steps: What to do, in this order.
+    """
+
+    version: Literal[1] = 1
+    inputs: list[Port]
+    outputs: list[Port]
+    gives: dict[str, str]
+    blocks: dict[str, Block] = {}
+    steps: list[Step] = []
+
+    def to_json(self) -> str:
+        """As it is written to a file: two spaces, keys in the order of the schema, nothing that is a default."""
+        return self.model_dump_json(indent=2, by_alias=True, exclude_defaults=True)
+
+
+def lists_in(step: Run | Branch | Loop) -> Sequence[list[Step]]:
+    """The lists of steps that a step holds."""
+    if isinstance(step, Branch):
+        return step.then, step.otherwise
+    return (step.body,) if isinstance(step, Loop) else ()
+
+
+def walk(steps: Sequence[Step]) -> Iterator[Run | Branch | Loop]:
+    """Every step, outer before inner."""
+    for step in steps:
+        yield step
+        for inner in lists_in(step):
+            yield from walk(inner)
+
+
+def reads(step: Run | Branch | Loop) -> Iterator[str]:
+    """The values that a step reads by itself, without those that steps in it do."""
+    if isinstance(step, Run):
+        yield from step.reads.values()
+    elif isinstance(step, Branch):
+        yield step.condition
+    else:
+        yield from (name for name in (step.trips, step.condition) if name is not None)
+        yield from (state.start for state in step.state)
+        yield from (part.of for part in step.slices)
+
+
+def makes(step: Run | Branch | Loop) -> Iterator[str]:
+    """The values that stand after a step, for the steps that follow it."""
+    if isinstance(step, Run):
+        yield from step.makes.values()
+    elif isinstance(step, Branch):
+        yield from step.gives
+    else:
+        yield from (state.gives for state in step.state if state.gives is not None)
+        yield from (stack.gives for stack in step.stacks)
+
+
+def results(step: Run | Branch | Loop, inner: int) -> Iterator[str]:
+    """The values that one of a step's lists is run for: those of ``lists_in(step)[inner]``."""
+    if isinstance(step, Branch):
+        yield from (pair[inner] for pair in step.gives.values())
+    elif isinstance(step, Loop):
+        yield from (state.next for state in step.state)
+        yield from (stack.each for stack in step.stacks)
+        if step.again is not None:
+            yield step.again

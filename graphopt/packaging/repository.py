@@ -1,0 +1,158 @@
+"""Puts a model into a Triton model repository: complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from graphopt.errors import BadInput
+from graphopt.files.folder import as_one_line, take_lock
+
+CONFIG = "config.pbtxt"
+_SUFFIX = ".graphopt-package"
+
+
+def check_place(repository: Path, name: str, version: int, *, force: bool) -> None:
+    """Refuse a place in a repository before anything is copied.
+
+    Raises:
+        BadInput: The repository cannot be written to, the name is none that a folder can have, or the version exists
+            and is not to be replaced.
+    """
+    if not name or name.startswith(".") or "/" in name or any(ord(character) < 32 for character in name):
+        raise BadInput(f"{name!r} is no name of a model", hint="--name takes the name of a folder")
+    if version < 1:
+        raise BadInput(f"{version} is no version: they count from 1", where="--version")
+    if repository.exists() and not repository.is_dir():
+        raise BadInput("is no folder", where=str(repository), hint="--triton takes the folder of the models")
+    folder = repository if repository.is_dir() else repository.parent
+    if not folder.is_dir():
+        raise BadInput("no such folder", where=str(folder), hint=f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput("no permission to write here", where=str(folder), hint="write to another folder")
+    place = repository / name
+    if place.exists() and not place.is_dir():
+        raise BadInput("is no folder", where=str(place), hint="--name takes another name")
+    if (place / str(version)).exists() and not force:
+        raise BadInput(
+            "exists already", where=str(place / str(version)), hint=f"--version {_next(place)}, or --force replaces it"
+        )
+
+
+def put(
+    repository: Path, name: str, version: int, files: Mapping[str, Path], config: str, *, force: bool
+) -> tuple[Path, int]:
+    """Copy a model's files and write its configuration, in a hidden folder; then rename.
+
+    A new model appears at once, and so does a new version of one whose configuration stays. ``force`` first replaces
+    the configuration, then moves the old version away: killed between, a server would find no such version.
+
+    Data files are copied, not linked: what onnx and graphopt read may have no second name.
+
+    Args:
+        repository: Of the models; made where it is missing.
+        name: Of the model.
+        version: Of the model.
+        files: Where they go, relative to the folder of the version -> what is copied.
+        config: What ``config.pbtxt`` holds.
+        force: Replace the version, and a configuration that differs, where they exist.
+
+    Returns:
+        The folder of the model, and the bytes that were copied.
+
+    Raises:
+        BadInput: The model has a configuration that differs, and it is not to be replaced.
+        GraphoptError: Writing failed; what was there is as it was.
+    """
+    place = repository / name
+    existing = place / CONFIG
+    with as_one_line(place):
+        # As bytes: whatever an editor has written there, it is another configuration.
+        differs = existing.exists() and existing.read_bytes() != config.encode()
+    if differs and not force:
+        raise BadInput(
+            "is another configuration, and all versions of a model share one",
+            where=str(existing),
+            hint="--force replaces it, --name takes another name",
+        )
+    with as_one_line(place):
+        repository.mkdir(exist_ok=True)
+        with _staging(repository, name) as staged:
+            # A name like 1 must not meet the folder of the version.
+            new = staged / "new" / name
+            copied = _copy(files, new / str(version))
+            (new / CONFIG).write_text(config, encoding="utf-8", newline="\n")
+            if place.exists():
+                _add(place, new, version, staged)
+            else:
+                new.rename(place)
+    return place, copied
+
+
+def _add(place: Path, new: Path, version: int, staged: Path) -> None:
+    (new / CONFIG).replace(place / CONFIG)
+    target = place / str(version)
+    if not target.exists():
+        (new / str(version)).rename(target)
+        return
+    old = staged / "old"
+    target.rename(old)
+    try:
+        (new / str(version)).rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+
+
+def _copy(files: Mapping[str, Path], folder: Path) -> int:
+    copied = 0
+    folder.mkdir(parents=True)
+    for name, source in files.items():
+        target = Path(os.path.normpath(folder / name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+        copied += target.stat().st_size
+    return copied
+
+
+@contextmanager
+def _staging(repository: Path, name: str) -> Iterator[Path]:
+    """A hidden folder on the file system of the repository: beside it where that goes, since a server polls inside."""
+    parent = repository.resolve().parent
+    beside = parent.stat().st_dev == repository.stat().st_dev and os.access(parent, os.W_OK | os.X_OK)
+    folder = parent if beside else repository
+    _remove_leftovers(folder, name)
+    staged = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_SUFFIX, dir=folder))
+    lock = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Held for as long as the process lives: a later run can tell a leftover from work that is going on.
+        take_lock(lock, wait=False)
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_leftovers(folder: Path, name: str) -> None:
+    pattern = re.compile(re.escape(f".{name}.") + r"[a-z0-9_]{8}" + re.escape(_SUFFIX))
+    with os.scandir(folder) as entries:
+        found = [e.path for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    for path in found:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue  # it is gone, or somebody else's
+        try:
+            if take_lock(descriptor, wait=False):
+                shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _next(place: Path) -> int:
+    return max((int(entry.name) for entry in place.iterdir() if entry.name.isdecimal()), default=0) + 1
