@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/low-rank.md from ``results/*.json``.
+"""Writes the tables of README.md, docs/low-rank.md and docs/gpu.md from ``results/*.json``.
 
     python -m benchmarks.readme_tables [--check]
 
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
+from benchmarks.gpu_tables import GPU
 from benchmarks.lowrank_tables import LOW_RANK
 from docs.generate import fill, md_table
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "low-rank.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "low-rank.md", ROOT / "docs" / "gpu.md")
 NOT_YET = "not measured yet"
 MOST_SURVIVORS = 20
 SETTINGS = ("optimizations off", "optimizations on")  # of ONNX Runtime
@@ -210,6 +211,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "demos": demos,
     "help_time": help_time,
     **LOW_RANK,
+    **GPU,
 }
 
 

@@ -27,6 +27,10 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "minilm_density": (),
     "pivot_layers": (),
     "large_lowrank": (),
+    "ptx": (),
+    "plugin_versions": (),
+    "kernel_mutations": (),
+    "rtx_models": (),
     "demos": (),
 }
 

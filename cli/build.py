@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, table, tell_bytes
 
 if TYPE_CHECKING:
     from graphopt.engines import BuildResult
@@ -38,7 +38,7 @@ _MOST_ROWS = 30
 @click.option(
     "--buckets",
     is_flag=True,
-    help="Build for single sizes (1, 2, 4, 8, 16 and the largest) instead of the range from MIN to MAX.",
+    help="Build for single sizes (1, 2, 4, 8, 16, OPT and MAX) instead of the range from MIN to MAX.",
 )
 @click.option(
     "--plugins",
@@ -144,7 +144,7 @@ def _tell_refused(error: Any, *, as_json: bool) -> None:
         print_json({"error": str(error), "coverage": coverage})
         return
     rows = [
-        (one.node, one.op_type or "input", " / ".join(part for part in (one.place, one.reason) if part), one.hint)
+        (one.node, one.op_type or "tensor", " / ".join(part for part in (one.place, one.reason) if part), one.hint)
         for one in coverage.refused[:_MOST_ROWS]
     ]
     out = console()
@@ -156,11 +156,12 @@ def _tell_refused(error: Any, *, as_json: bool) -> None:
 
 def _print(result: BuildResult, *, verbose: bool) -> None:
     out = console()
-    if result.profiles:
-        rows = [
-            (name, *("×".join(map(str, shape)) for shape in (profile.min, profile.opt, profile.max)))
-            for name, profile in result.profiles.items()
-        ]
+    rows = [
+        (f"{name}{what}", *(sign.join(map(str, sizes)) for sizes in (one.min, one.opt, one.max)))
+        for profiles, what, sign in ((result.profiles, "", "×"), (result.values, ", its values", " "))
+        for name, one in profiles.items()
+    ]
+    if rows:
         out.print(table(["input", "min", "opt", "max"], rows))
         out.print()
     if result.buckets:
@@ -174,8 +175,8 @@ def _print(result: BuildResult, *, verbose: bool) -> None:
         out.print()
     memory = "" if result.peak_rss_bytes is None else f", {result.peak_rss_bytes / 1e6:.0f} MB of memory"
     out.print(
-        f"{result.path}: {result.bytes / 1e6:.1f} MB in {result.seconds:.1f} s{memory};"
-        f" {result.layers} layers, {result.backend} {result.version}"
+        f"{result.path}: {tell_bytes(result.bytes)} in {result.seconds:.1f} s{memory};"
+        f" {_count(result.layers, 'layer')} before fusion, {result.backend} {result.version}"
     )
     if layers:
         taken = sum(layer.plugin for layer in layers)

@@ -129,6 +129,11 @@ def tell_inputs(found: Verification) -> str:
     return f"{count} {noun} of yours" if own else f"{count} made-up {noun}"
 
 
+def tell_bytes(size: int) -> str:
+    """The size of a file: ``12.3 MB``, and of a small one ``9.8 kB``."""
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
 def tell_distance(found: Verification) -> str:
     """How far the outputs lie apart."""
     return f"largest difference {found.max_abs:.2g} (relative {found.max_rel:.2g}), cosine {found.cosine_min:.7f}"

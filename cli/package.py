@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from graphopt.cli.output import HELP, common_options, console, print_json, progress
+from graphopt.cli.output import HELP, common_options, console, print_json, progress, tell_bytes
 
 if TYPE_CHECKING:
     from graphopt.packaging import TritonModel
@@ -76,7 +76,7 @@ def command(
 
 def _print(made: TritonModel, verbose: bool) -> None:
     out = console()
-    out.print(f"{made.path}: version {made.version}, {made.bytes / 1e6:.1f} MB, backend {made.backend}")
+    out.print(f"{made.path}: version {made.version}, {tell_bytes(made.bytes)}, backend {made.backend}")
     if made.max_batch:
         out.print(f"batches up to {made.max_batch}: {made.why}")
     else:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 @click.command("selftest", context_settings=HELP)
-@click.option("--gpu", "device", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Which.")
+@click.option(
+    "--gpu", "device", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Which GPU."
+)
 @click.option("--small", is_flag=True, help="Few and little samples: done in seconds.")
 @common_options
 def command(device: int, small: bool, as_json: bool, verbose: bool) -> int:

@@ -237,6 +237,67 @@ RESULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["3.00 GB", "0.50 GB after", "| whole | 2 | 150 |", "| killed | 1 |  |", "| resumed | 2 | 150 |"],
     ),
+    "ptx": (
+        {
+            "compiler": "nvrtc 1.2",
+            "kernels": [
+                {
+                    "kernel": name,
+                    "source": "a.cu",
+                    "architecture": architecture,
+                    "isa": "8.7",
+                    "static_shared": 2048,
+                    "milliseconds": milliseconds,
+                }
+                for name, architecture, milliseconds in (("one", "80", 10), ("two", "80", 20), ("one", "90", 60))
+            ],
+        },
+        ["By nvrtc 1.2", "| a.cu | 2 | 2 | 8.7 | 2 | 20 | 60 |"],
+    ),
+    "plugin_versions": (
+        {
+            "versions": [
+                {"bindings": "11.4", "registry": "lean 11.3", "python": "3.11", "launches": 7, "result": "right"},
+                {"bindings": "10.14", "registry": "lean 10.16", "python": "3.11", "refused": ["why"], "result": "x"},
+            ]
+        },
+        ["| 11.4 | 11.3 | 3.11 | 7 | right |", "| 10.14 | 10.16 | 3.11 |  | refused: why |"],
+    ),
+    "kernel_mutations": (
+        {
+            "by_kind": {"barrier": {"places": 9, "mutants": 4, "killed": 3, "equivalent": 1}},
+            "killed_by": {"wrong result": 3},
+            "survivors": [{"file": "a.cu", "line": 3, "before": "sync();", "after": ";"}],
+        },
+        ["| barrier | 9 | 4 | 3 | 1 |", "Caught by: 3 wrong result", "- a.cu:3: `sync();` → `;`"],
+    ),
+    "rtx_models": (
+        {
+            "version": "1.7",
+            "networks": [
+                {
+                    "network": "net",
+                    "onnx_bytes": 2e6,
+                    "bytes": 3e6,
+                    "seconds": 0.5,
+                    "peak_rss_bytes": 4e8,
+                    "layers": 8,
+                }
+            ],
+            "corpora": {
+                "as it is": {
+                    "models": 10,
+                    "built": 6,
+                    "refused": 4,
+                    "missed": 1,
+                    "false": 2,
+                    "wrong node": 3,
+                    "stages": {"crash": 5},
+                }
+            },
+        },
+        ["| net | 2.0 | 3.0 | 0.50 | 400 | 8 |", "| as it is | 10 | 6 | 4 | 1 | 2 | 3 | 5 |"],
+    ),
 }
 
 

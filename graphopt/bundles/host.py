@@ -21,7 +21,13 @@ RunBlock = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class Backend(Protocol):
-    """What runs blocks, and what the values between them are."""
+    """What runs blocks, and what the values between them are.
+
+    Attributes:
+        runs: How often each block has run.
+    """
+
+    runs: dict[str, int]
 
     def block(self, name: str, inputs: Sequence[str], outputs: Sequence[str]) -> RunBlock:
         """How a block is run: values of its inputs in this order in, those of its outputs out."""
@@ -224,13 +230,16 @@ class PlainBackend:
     def __init__(self, session: Callable[[str], Any]) -> None:
         self._make = session
         self._sessions: dict[str, Any] = {}
+        self.runs: dict[str, int] = {}
 
     def block(self, name: str, inputs: Sequence[str], outputs: Sequence[str]) -> RunBlock:
         from graphopt.runtime.session import run
 
         wanted = list(outputs)
+        self.runs[name] = 0
 
         def call(values: Sequence[Any]) -> Sequence[Any]:
+            self.runs[name] += 1
             if name not in self._sessions:
                 self._sessions[name] = self._make(name)
             try:

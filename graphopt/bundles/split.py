@@ -80,7 +80,7 @@ class _Splitter:
         steps, results = self.steps(graph)
         plan = Plan(
             inputs=[port(value) for value in graph.inputs],
-            outputs=[port(value) for value in graph.outputs],
+            outputs=[_declared(value) for value in graph.outputs],
             gives={output.name or "": name for output, name in zip(graph.outputs, results, strict=True)},
             blocks=self.described,
             steps=steps,
@@ -154,7 +154,7 @@ class _Splitter:
             goes=port(goes) if _is_asked(goes) else None,
             state=state,
             stacks=[
-                Stack(each=each, gives=given.name or "", part=_part(part))
+                Stack(each=each, gives=given.name or "", part=_declared(part))
                 for part, each, given in rows
                 if given.name in used
             ],
@@ -198,7 +198,7 @@ class _Splitter:
                 )
             ],
             stacks=[
-                Stack(each=each, gives=given.name or "", axis=axis, backwards=bool(direction), part=_part(part))
+                Stack(each=each, gives=given.name or "", axis=axis, backwards=bool(direction), part=_declared(part))
                 for part, each, given, axis, direction in zip(
                     body.outputs[carried:],
                     results[carried:],
@@ -269,8 +269,8 @@ def port(value: ir.Value) -> Port:
     return Port(name=value.name or "", type=_type_text(value.type), shape=sizes)
 
 
-def _part(value: ir.Value) -> Port:
-    """What a turn makes. Where there are no turns, the shape is what is declared, as nothing else can tell."""
+def _declared(value: ir.Value) -> Port:
+    """As `port`, with the shape that is declared where none is known: as told by the network, or where nothing ran."""
     made = port(value)
     if made.shape is None and value.shape is not None:
         made.shape = [size if isinstance(size, int) else size.value for size in value.shape]

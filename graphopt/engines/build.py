@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from graphopt.engines.backends import Backend, find_backend
-from graphopt.engines.child import OnLog, OnProgress, run_child
+from graphopt.engines.child import NotLoaded, OnLog, OnProgress, run_child
 from graphopt.engines.coverage import Coverage, predict
 from graphopt.engines.inspector import Inspection, parse_inspection
 from graphopt.engines.options import PLUGINS, BuildOptions, check_options
@@ -18,19 +21,23 @@ from graphopt.engines.preparing import describe_model, runtime_operators, write_
 from graphopt.engines.profiles import (
     Profile,
     Seen,
+    best_sizes,
     fix_profiles,
     make_profiles,
     observe,
     parse_shapes,
     symbol_sizes,
 )
-from graphopt.engines.report import BuildResult, EngineTensor, hash_file, report_path, write_report
+from graphopt.engines.report import BuildResult, EngineTensor, hash_file, is_report, report_path, write_report
 from graphopt.engines.requests import Request
 from graphopt.engines.worker import describe_gpu
-from graphopt.errors import BadInput, GraphoptError
+from graphopt.errors import BadInput, GraphoptError, MissingDependency, install_hint
+from graphopt.files.folder import check_target
 from graphopt.inlining import inline_all
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from graphopt.engines.plugins import Lowered, Mode
 
 
@@ -89,7 +96,7 @@ def build_engine(
             (``batch=1/4/8``).
         calibration: Inputs of the user's, as for ``optimize``: sizes that ``shapes`` does not name are the smallest,
             the middle one and the largest in there, and so are the values of inputs that decide shapes.
-        buckets: Build for single sizes (1, 2, 4, 8, 16 and the largest) instead of a range.
+        buckets: Build for single sizes (1, 2, 4, 8, 16, the best and the largest) instead of a range.
         options: How to build.
         plugins: ``measured`` (where a measurement on this GPU says that they are faster), ``always`` or ``never``.
         on_log: Called with each line of the library's log while it builds.
@@ -104,16 +111,18 @@ def build_engine(
     library = find_backend(backend)
     source, target, options = Path(model), Path(out), options or BuildOptions()
     check_options(options, library)
-    _check_paths(source, target, options)
+    _check_paths(source, target, calibration, options)
     if plugins not in PLUGINS:
         raise BadInput(f"{plugins!r} is not a way", where="--plugins", hint=f"there are {', '.join(PLUGINS)}")
     # One fixed name: what a killed build leaves, the next one overwrites.
     partial = target.with_name(f".{target.name}.partial")
     partial_report = report_path(partial)
     try:
-        with tempfile.TemporaryDirectory(prefix="graphopt-build-") as scratch:
+        with _reserved(partial, target), tempfile.TemporaryDirectory(prefix="graphopt-build-") as scratch:
             folder = Path(scratch)
             prepared = _prepare(source, library, folder, tuple(shapes), calibration, buckets, options, plugins)
+            for name in prepared.model["data_files"]:
+                _spare(target, {"a data file of the model": source.parent / name})
             request = Request(
                 title=library.title,
                 backend=library.name,
@@ -131,28 +140,79 @@ def build_engine(
                 answer=str(folder / "answer.json"),
             )
             answer = run_child(request, folder, source, on_log, on_progress)
-        result = _result(target, library, options, prepared, answer, partial)
-        write_report(result, partial_report)
-        partial.replace(target)
-        partial_report.replace(report_path(target))
+            result = _result(target, library, options, prepared, answer, partial)
+            write_report(result, partial_report)
+            partial.replace(target)
+            partial_report.replace(report_path(target))
+    except NotLoaded as error:
+        raise MissingDependency(error.what, hint=install_hint(library.extra)) from error
     except OSError as error:
         raise GraphoptError(f"cannot be written: {error.strerror}", where=str(target)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_report.unlink(missing_ok=True)
     return result
 
 
-def _check_paths(source: Path, target: Path, options: BuildOptions) -> None:
-    if not target.parent.is_dir():
-        raise BadInput(f"the folder {str(target.parent)!r} does not exist", where=str(target))
-    if target.is_dir():
-        raise BadInput("is a folder", where=str(target), hint="give the name of the engine to write")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise BadInput("is the model itself", where=str(target), hint="give the engine another name")
-    cache = options.timing_cache
+@contextmanager
+def _reserved(partial: Path, target: Path) -> Iterator[None]:
+    """Make sure, before hours of building, that the engine can be written, and that no other build writes it.
+
+    Raises:
+        BadInput: One of the two.
+    """
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise BadInput(f"cannot be written: {error.strerror}", where=str(target), hint="give another name") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not _is_open_as(descriptor, partial)  # the other one has just put it in place
+        except BlockingIOError:
+            taken = True
+        except OSError:
+            taken = False  # a file system without locks
+        if taken:
+            what, hint = "another build is writing it", "wait for it, or give another name"
+            raise BadInput(what, where=str(target), hint=hint)
+        try:
+            yield
+        finally:
+            if _is_open_as(descriptor, partial):
+                partial.unlink(missing_ok=True)
+                report_path(partial).unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+
+
+def _check_paths(source: Path, target: Path, calibration: str | Path | None, options: BuildOptions) -> None:
+    """Refuse to write where something else would be lost, or nothing can be written: builds may take hours."""
+    check_target(target)
+    if target.exists() and not target.is_file():
+        raise BadInput("is no ordinary file", where=str(target), hint="give the name of the engine to write")
+    report, cache = report_path(target), options.timing_cache
+    _spare(target, {"the model itself": source, "the timing cache": cache})
+    given = [] if calibration is None else [Path(calibration), *Path(calibration).glob("*.npz")]
+    for file in given:
+        _spare(target, {"what --calibration names": file})
+    if report.exists() and not is_report(report):
+        raise BadInput(
+            f"the report would be written to {report.name}, and something else is there",
+            where=str(target),
+            hint="give the engine another name",
+        )
     if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
         raise BadInput("cannot be a file", where=f"--timing-cache {cache}", hint="its folder must exist")
+
+
+def _spare(target: Path, others: Mapping[str, Path | None]) -> None:
+    """Refuse a target that, itself or by its report, would replace a file that the build reads."""
+    for written, prefix in ((target, ""), (report_path(target), "its report ")):
+        for what, other in others.items():
+            if other is not None and written.exists() and other.exists() and written.samefile(other):
+                raise BadInput(f"{prefix}is {what}", where=str(written), hint="give the engine another name")
 
 
 def _prepare(
@@ -178,6 +238,7 @@ def _prepare(
     model = load_model(source)
     described = describe_model(model, source)
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    _refuse_inputs_given_out(model, source, library)
     operators = runtime_operators(model)
     changed = inline_all(model)  # the parser miscompiles legal uses of functions
     coverage = predict(model, library.name)
@@ -187,12 +248,20 @@ def _prepare(
         data = read_calibration(Path(calibration), inputs)
         # In a single file all samples are of one shape: only where values count are they looked at one by one.
         seen = observe(inputs, data if deciding or Path(calibration).is_dir() else data[:1], deciding)
-    profiles = make_profiles(inputs, parsed_shapes, seen)
+    try:
+        profiles = make_profiles(inputs, parsed_shapes, seen)
+    except BadInput:
+        if coverage.certain and not parsed_shapes:  # nobody shall look for sizes in vain
+            raise NotCovered(coverage, str(source)) from None
+        raise
+    if buckets and not profiles:
+        raise BadInput("every input has one size", where="--buckets", hint="leave it out")
     sizes = symbol_sizes(inputs, profiles)
     lowered = lower(model, Choice(mode=cast("Mode", plugins), backend=library.name, gpu=_gpu_name(), sizes=sizes))
-    if lowered.written:
-        coverage = predict(model, library.name, plugins=lowered.op_types)
-    if not coverage.ok:
+    known = {symbol: low for symbol, (low, high) in sizes.items() if low == high}
+    if lowered.written or known:
+        coverage = predict(model, library.name, plugins=lowered.op_types, sizes=known)
+    if coverage.certain:
         raise NotCovered(coverage, str(source))
     for name in coverage.shape_inputs:
         if name not in seen.values:
@@ -201,8 +270,10 @@ def _prepare(
                 where=str(source),
                 hint="give --calibration with inputs of yours, or make it a constant of the model",
             )
-    assignments = _buckets(sizes) if buckets else ()
+    assignments = _buckets(sizes, best_sizes(inputs, profiles)) if buckets else ()
     kernels, architecture, notes = _prepare_plugins(lowered, options, sizes, bool(assignments))
+    if not coverage.ok:  # as documented, and not seen: the library has the last word
+        notes = (f"this may be refused: {coverage.error()}", *notes)
     return _Prepared(
         file=write_for_parser(model, folder) if changed or lowered.written else source.absolute(),
         runtime_operators=operators,
@@ -219,16 +290,27 @@ def _prepare(
     )
 
 
+def _refuse_inputs_given_out(model: ir.Model, source: Path, library: Backend) -> None:
+    """The parsers give the name to the output, and the input another one: nobody could run such an engine by names."""
+    for value in model.graph.outputs:
+        if value.is_graph_input():
+            raise BadInput(
+                f"{value.name!r} is an input and an output; {library.title} needs two names",
+                where=str(source),
+                hint="leave the output out, or give it out through an Identity",
+            )
+
+
 def _gpu_name() -> str | None:
     found = describe_gpu()
     return None if found is None else found[0]
 
 
-def _buckets(sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], ...]:
+def _buckets(sizes: Mapping[str, tuple[int, int]], best: Mapping[str, int]) -> tuple[dict[str, int], ...]:
     from graphopt.engines.qdp import buckets
 
     varying = {symbol: limits for symbol, limits in sizes.items() if limits[0] != limits[1]}
-    return tuple({**{s: low for s, (low, _) in sizes.items()}, **chosen} for chosen in buckets(varying))
+    return tuple({**{s: low for s, (low, _) in sizes.items()}, **chosen} for chosen in buckets(varying, also=best))
 
 
 def _prepare_plugins(

@@ -33,6 +33,10 @@ class Refused(GraphoptError):
         self.nodes = nodes
 
 
+class NotLoaded(GraphoptError):
+    """The library is there, and does not load: something that it needs is missing."""
+
+
 def run_child(
     request: Request, folder: Path, source: Path, on_log: OnLog | None, on_progress: OnProgress | None
 ) -> dict[str, Any]:
@@ -46,7 +50,8 @@ def run_child(
         on_progress: Called with the phase that is going on and how much is done, 0 to 1.
 
     Raises:
-        GraphoptError: The library refuses or crashed. BadInput where an option is at fault, Refused where nodes are.
+        GraphoptError: The library refuses or crashed. BadInput where an option is at fault, Refused where nodes are,
+            NotLoaded where the library does not load.
     """
     request_path, printed = folder / "request.json", folder / "printed.txt"
     request.write(request_path)
@@ -90,6 +95,8 @@ def run_child(
         answer: dict[str, Any] = json.loads(answer_path.read_text())
         if "error" not in answer:
             return answer
+        if answer.get("not_loaded"):
+            raise NotLoaded(f"cannot load {request.title}: {answer['error']}")
         if answer.get("bad_input"):
             raise BadInput(answer["error"], where=str(source), hint=answer["hint"])
         raise Refused(answer["error"], where=str(source), hint=answer["hint"], nodes=answer.get("refused") or [])

@@ -51,7 +51,9 @@ def add_options(trt: Any, config: Any, options: BuildOptions, request: Request, 
     if request.backend == "tensorrt-rtx" and (options.strip_weights or options.refit) and gpu is None:
         option = "--strip-weights" if options.strip_weights else "--refit"
         raise BuildFailed(
-            f"{option}: {request.title} needs a GPU to build such an engine, and there is none here", bad_input=True
+            f"{option}: {request.title} needs a GPU to build such an engine, and there is none here",
+            "leave it out, or build where the GPU is",
+            bad_input=True,
         )
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)

@@ -20,6 +20,17 @@ _RTX_MAGIC = b"vtrt"
 _MAGIC_END = b"trt"
 _BLOCK = 1 << 20
 
+_AGAIN = "build it again here with graphopt build"
+_DRIVER = (
+    re.compile(r"cudaError 35|driver version is insufficient", re.IGNORECASE),
+    "NVIDIA's driver is too old for the library",
+)
+_MEMORY = (re.compile(r"[Oo]ut ?[Oo]f ?[Mm]emory|cudaError 2\b"), "the GPU's memory is too small for it")
+# What to do where building again does not help.
+_ADVICE = {
+    _DRIVER: "install a newer driver; graphopt selftest says which",
+    _MEMORY: "close what else uses the GPU, or build with --weight-streaming",
+}
 # What the libraries write where they refuse an engine -> what that means.
 _REASONS = (
     (
@@ -38,13 +49,13 @@ _REASONS = (
         re.compile(r"Version tag does not match|not compatible with this version|stdVersionRead", re.IGNORECASE),
         "the engine was built by another version of the library",
     ),
-    (re.compile(r"cudaError 35|driver version is insufficient", re.IGNORECASE), "NVIDIA's driver is too old for it"),
+    _DRIVER,
     (
         re.compile(r"host code|engine_host_code_allowed|lean runtime", re.IGNORECASE),
         "the engine holds a runtime of its own, which was not allowed to run",
     ),
     (re.compile(r"[Mm]agic ?[Tt]ag|not a valid engine"), "the file is no engine of this library"),
-    (re.compile(r"[Oo]ut ?[Oo]f ?[Mm]emory|cudaError 2\b"), "the GPU's memory is too small for it"),
+    _MEMORY,
 )
 
 
@@ -126,10 +137,11 @@ class OpenEngine:
     def _refusal(self, device: Device) -> GraphoptError:
         said = " ".join(self.logger.errors)
         here = f"{self.backend.title} {self.version}, {device.name}"
-        for pattern, meaning in _REASONS:
+        for reason in _REASONS:
+            pattern, meaning = reason
             found = pattern.search(said)
             if found is not None:
-                hint = f"here: {here}; build it again here with graphopt build"
+                hint = f"here: {here}; {_ADVICE.get(reason, _AGAIN)}"
                 return GraphoptError(meaning.format(*found.groups()), where=str(self.path), hint=hint)
         what = f"{self.backend.title} does not load it: {self.logger.last_error or 'no reason given'}"
         return GraphoptError(what, where=str(self.path), hint=f"here: {here}")
@@ -151,7 +163,7 @@ def _backend_of(path: Path, wanted: str | None) -> str:
     with path.open("rb") as file:
         magic = file.read(4)
     if len(magic) < 4 or magic[1:] != _MAGIC_END:
-        raise BadInput("is no engine of TensorRT", where=str(path))
+        raise BadInput("is no engine of TensorRT", where=str(path), hint="build one with graphopt build")
     found = "tensorrt-rtx" if magic == _RTX_MAGIC else "tensorrt"
     if wanted is not None and wanted != found:
         title, other = BACKENDS[found].title, BACKENDS[wanted].title

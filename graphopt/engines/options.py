@@ -72,7 +72,7 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
-    if size < 1:
+    if not 1 <= size < 1 << 63:
         raise BadInput(f"{text!r} is not a size", where="--workspace", hint="for example 2GiB or 512MiB")
     return size
 

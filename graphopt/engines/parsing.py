@@ -41,7 +41,7 @@ def _failure(parser: Any, request: Request, logger: Any) -> BuildFailed:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     # Parsers name a node once for each level it fails at; the first is the one with the reason.
     first_of = {(error.node_name(), error.node_operator()): error for error in reversed(errors)}
-    real = [e for e in reversed(first_of.values()) if not any(noise in e.desc() for noise in NOISE)]
+    real = [error for error in reversed(first_of.values()) if _described(error)]
     if not real:
         return BuildFailed(f"{title} cannot read the model: {logger.last_error or 'no reason given'}")
     told = [_tell(error, request) for error in real]
@@ -56,9 +56,17 @@ def _failure(parser: Any, request: Request, logger: Any) -> BuildFailed:
     return BuildFailed(f"{place}{what}{more}", hint, refused=refused)
 
 
+def _described(error: Any) -> str:
+    """What the parser says of an error, in one line, without the noise that may lie among it; empty: noise alone."""
+    said = error.desc()
+    if said in ("", "false"):
+        return "false"
+    return " ".join(" ".join(line for line in said.splitlines() if not any(noise in line for noise in NOISE)).split())
+
+
 def _tell(error: Any, request: Request) -> tuple[str, str | None]:
     """Why a node was refused, and what to do about it."""
-    operator, text = error.node_operator(), " ".join(error.desc().split())
+    operator, text = error.node_operator(), _described(error)
     hint = next((tip for key, tip in _HINTS.items() if key in (operator, text) or key in text), None)
     if operator in request.runtime_operators:
         hint = f"{operator} is ONNX Runtime's own: optimize with --target {request.backend}, which uses none of those"

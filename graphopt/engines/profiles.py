@@ -19,6 +19,7 @@ Sizes = tuple[int, ...]
 Range = tuple[Sizes, Sizes, Sizes]
 
 _SIZES = re.compile(r"\d+(x\d+)*")
+_LARGEST = (1 << 31) - 1  # an axis that is larger, the libraries refuse
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,8 @@ def parse_shapes(options: Iterable[str]) -> dict[str, Range]:
         low, best, high = (tuple(int(size) for size in part.split("x")) for part in parts * (3 // len(parts)))
         if not len(low) == len(best) == len(high):
             raise BadInput(f"{option!r} has shapes of different rank", where="--shapes")
+        if max(high) > _LARGEST:
+            raise BadInput(f"{option!r} has an axis larger than {_LARGEST}", where="--shapes")
         if any(not a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
             raise BadInput(f"{option!r} is not in the order MIN ≤ OPT ≤ MAX", where="--shapes")
         shapes[name] = (low, best, high)
@@ -122,7 +125,7 @@ def make_profiles(
 
     Args:
         inputs: The model's inputs.
-        shapes: Input → shapes, or symbol → one size each, which then holds on every axis of that symbol.
+        shapes: Input → shapes, or symbol → one size each. Both hold on every axis of a symbol, of other inputs too.
         seen: The sizes of data, for axes that ``shapes`` does not name.
 
     Raises:
@@ -139,18 +142,19 @@ def make_profiles(
             raise BadInput(f"{name!r} is neither an input nor a symbolic axis", where="--shapes", hint=hint)
         if name not in known and len(shapes[name][0]) != 1:
             raise BadInput(f"{name!r} is an axis: give one size, not a shape", where="--shapes")
+    sizes = {**_implied(known, shapes), **shapes}
     seen = seen or Seen()
     profiles: dict[str, Profile] = {}
     missing: list[ir.Value] = []
     for name, value in known.items():
         if value.shape is None:
-            raise BadInput(f"the input {name!r} has no shape", hint="export it with its rank known")
+            raise BadInput("has no known number of axes", where=f"input {name!r}", hint="export it with a shape")
         axes = [_symbol(size) for size in value.shape]
         if name in shapes:
             profiles[name] = _fit(name, axes, shapes[name])
         elif any(not isinstance(axis, int) for axis in axes):
-            known_axes = [_sizes_of(name, index, axis, shapes, seen) for index, axis in enumerate(axes)]
-            found = [sizes for sizes in known_axes if sizes is not None]
+            axis_sizes = [_sizes_of(name, index, axis, sizes, seen) for index, axis in enumerate(axes)]
+            found = [one for one in axis_sizes if one is not None]
             if len(found) == len(axes):
                 low, best, high = zip(*found, strict=True)
                 profiles[name] = Profile(low, best, high)
@@ -159,10 +163,24 @@ def make_profiles(
     if missing:
         raise BadInput(
             f"dynamic inputs without sizes: {', '.join(_described(value) for value in missing)}",
-            hint=f"for example {_example(missing, {*shapes, *seen.symbols})}",
+            hint=f"for example {_example(missing, {*sizes, *seen.symbols})}",
         )
-    _refuse_contradictions(known, profiles)
+    _refuse_contradictions(known, profiles, shapes)
     return {name: profile for name, profile in profiles.items() if not _is_static(known[name])}
+
+
+def _implied(inputs: Mapping[str, ir.Value], shapes: Mapping[str, Range]) -> dict[str, Range]:
+    """The sizes of the symbols on the axes of inputs that are given whole; the first that has a symbol says it."""
+    implied: dict[str, Range] = {}
+    for name, given in shapes.items():
+        axes = list(inputs[name].shape or ()) if name in inputs else []
+        if len(axes) != len(given[0]):
+            continue  # `_fit` refuses it
+        for index, symbol in enumerate(map(_symbol, axes)):
+            if isinstance(symbol, str):
+                low, best, high = (shape[index] for shape in given)
+                implied.setdefault(symbol, ((low,), (best,), (high,)))
+    return implied
 
 
 def _sizes_of(
@@ -182,6 +200,17 @@ def symbol_sizes(inputs: Sequence[ir.Value], profiles: Mapping[str, Profile]) ->
     """The smallest and the largest size of each symbol of the inputs."""
     return {
         symbol: (profile.min[index], profile.max[index])
+        for value in inputs
+        if (profile := profiles.get(value.name or "")) is not None
+        for index, symbol in enumerate(map(_symbol, value.shape or ()))
+        if isinstance(symbol, str)
+    }
+
+
+def best_sizes(inputs: Sequence[ir.Value], profiles: Mapping[str, Profile]) -> dict[str, int]:
+    """The size of each symbol of the inputs that the engine shall be fastest at."""
+    return {
+        symbol: profile.opt[index]
         for value in inputs
         if (profile := profiles.get(value.name or "")) is not None
         for index, symbol in enumerate(map(_symbol, value.shape or ()))
@@ -253,18 +282,23 @@ def _example(missing: Sequence[ir.Value], known: Collection[str]) -> str:
     return " ".join(f"--shapes {name}={sizes}" for name, sizes in options.items())
 
 
-def _refuse_contradictions(known: Mapping[str, ir.Value], profiles: Mapping[str, Profile]) -> None:
-    seen: dict[str, tuple[str, tuple[int, int, int]]] = {}
+def _refuse_contradictions(
+    known: Mapping[str, ir.Value], profiles: Mapping[str, Profile], shapes: Mapping[str, Range]
+) -> None:
+    seen: dict[str, tuple[str, tuple[int, int, int]]] = {
+        name: ("by its name", (low[0], best[0], high[0]))
+        for name, (low, best, high) in shapes.items()
+        if name not in known
+    }
     for name, profile in profiles.items():
         for index, size in enumerate(known[name].shape or ()):
             symbol = _symbol(size)
             if not isinstance(symbol, str):
                 continue
             sizes = (profile.min[index], profile.opt[index], profile.max[index])
-            other, expected = seen.setdefault(symbol, (name, sizes))
+            other, expected = seen.setdefault(symbol, (f"in {name!r}", sizes))
             if sizes != expected:
                 raise BadInput(
-                    f"{symbol!r} is {'/'.join(map(str, expected))} in {other!r}"
-                    f" and {'/'.join(map(str, sizes))} in {name!r}",
+                    f"{symbol!r} is {'/'.join(map(str, expected))} {other} and {'/'.join(map(str, sizes))} in {name!r}",
                     where="--shapes",
                 )

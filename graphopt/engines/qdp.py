@@ -460,7 +460,9 @@ def _frozen(attributes: Attributes) -> tuple[tuple[str, bytes], ...]:
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
-def buckets(axes: Mapping[str, tuple[int, int]], sizes: Sequence[int] = BUCKETS) -> list[dict[str, int]]:
+def buckets(
+    axes: Mapping[str, tuple[int, int]], sizes: Sequence[int] = BUCKETS, *, also: Mapping[str, int] | None = None
+) -> list[dict[str, int]]:
     """Split dynamic axes into static sizes, each combination for an optimization profile with min = opt = max.
 
     An engine with plugins leaks GPU memory when the shapes of a context change (`LEAK`). Where each profile is one
@@ -470,6 +472,7 @@ def buckets(axes: Mapping[str, tuple[int, int]], sizes: Sequence[int] = BUCKETS)
     Args:
         axes: For each symbol the smallest and the largest size.
         sizes: Candidates; those within an axis' range are taken, and the ends of the range.
+        also: One more size of some symbols: what the engine shall be fastest at.
 
     Returns:
         Symbol → size, for each profile; in ascending order, the last axis fastest.
@@ -478,10 +481,11 @@ def buckets(axes: Mapping[str, tuple[int, int]], sizes: Sequence[int] = BUCKETS)
         BadInput: A range is empty, or there would be more than `MOST_BUCKETS`.
     """
     choices: list[list[int]] = []
+    also = also or {}
     for name, (low, high) in axes.items():
         if not 0 < low <= high:
             raise BadInput(f"the sizes {low} to {high} of {name!r} are no range")
-        choices.append(sorted({low, high, *(size for size in sizes if low < size < high)}))
+        choices.append(sorted({low, high, also.get(name, low), *(size for size in sizes if low < size < high)}))
     count = math.prod(map(len, choices))
     if count > MOST_BUCKETS:
         told = ", ".join(f"{len(found)} of {name}" for name, found in zip(axes, choices, strict=True))

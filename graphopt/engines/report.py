@@ -8,6 +8,7 @@ the two do not fit, and the reader says so.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,6 +106,15 @@ def write_report(result: BuildResult, path: Path) -> None:
     path.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def is_report(path: Path) -> bool:
+    """Whether a file looks like the report of an engine, of any format, whole or not."""
+    try:
+        with path.open("rb") as file:
+            return re.match(rb"\s*\{\s*\"format\":", file.read(64)) is not None
+    except OSError:
+        return False
+
+
 def read_report(engine: str | Path) -> BuildResult:
     """The report that lies beside an engine.
 
@@ -121,10 +131,10 @@ def read_report(engine: str | Path) -> BuildResult:
         result = _from_json(engine, plain)
     except FileNotFoundError:
         raise BadInput(f"there is no {path.name} beside it", where=str(engine), hint=hint) from None
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise BadInput("is no report of an engine", where=str(path), hint=hint) from error
     if result.bytes != engine.stat().st_size or result.hash != hash_file(engine):
-        raise BadInput("is the report of another engine", where=str(path), hint=hint)
+        raise BadInput("is the report of another engine, or the engine is damaged", where=str(path), hint=hint)
     return result
 
 

@@ -77,8 +77,12 @@ class Request:
         return cls(**json.loads(path.read_text()))
 
 
+class NotImported(Exception):
+    """The library does not load; the text is the reason."""
+
+
 def import_first(modules: list[str]) -> Any:
-    """The first of ``modules`` that imports. Raises BuildFailed with the last reason."""
+    """The first of ``modules`` that imports. Raises NotImported with the last reason."""
     reason = "not installed"
     for name in modules:
         try:
@@ -88,4 +92,4 @@ def import_first(modules: list[str]) -> Any:
                 reason = str(error)
         except Exception as error:  # a library that does not load raises OSError, RuntimeError, ...
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise BuildFailed(f"cannot load {modules[0]}: {reason}")
+    raise NotImported(reason)

@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_FUNCTIONS = ("cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetAttribute")
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, ..._MINOR
 
 
 def main(request_path: str) -> int:
     """Build what the request says; returns 0, or 1 where the answer holds an error."""
     from graphopt.engines.building import build
-    from graphopt.engines.requests import BuildFailed, Request, import_first
+    from graphopt.engines.requests import BuildFailed, NotImported, Request, import_first
 
     request = Request.read(Path(request_path))
     answer: dict[str, Any]
@@ -30,6 +31,8 @@ def main(request_path: str) -> int:
             answer = build(import_first(request.modules), request, log)
         except BuildFailed as error:
             answer = {"error": str(error), "hint": error.hint, "bad_input": error.bad_input, "refused": error.refused}
+        except NotImported as error:
+            answer = {"error": str(error), "not_loaded": True}
         except OSError as error:
             answer = {"error": f"cannot write {error.filename}: {error.strerror}", "hint": None}
     write_answer(request.answer, answer)
@@ -64,17 +67,19 @@ def describe_gpu() -> tuple[str, tuple[int, int]] | None:
     """The name and the compute capability of the first GPU that the driver sees, or None."""
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        driver = ctypes.CDLL(os.environ.get("GRAPHOPT_LIBCUDA", library))
-    except OSError:
+        driver = ctypes.CDLL(os.environ.get("GRAPHOPT_LIBCUDA") or library)
+        functions = [getattr(driver, name) for name in _FUNCTIONS]
+    except (OSError, AttributeError):  # there is none; or it is no driver, and whoever needs one says so
         return None
+    initialise, get_count, get_device, get_name, get_attribute = functions
     count, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value < 1:
+    if initialise(0) or get_count(ctypes.byref(count)) or count.value < 1:
         return None
-    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, 256, device):
+    if get_device(ctypes.byref(device), 0) or get_name(name, 256, device):
         return None
     capability = [ctypes.c_int(), ctypes.c_int()]
     for value, attribute in zip(capability, _COMPUTE_CAPABILITY, strict=True):
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+        if get_attribute(ctypes.byref(value), attribute, device):
             return None
     return name.value.decode(errors="replace"), (capability[0].value, capability[1].value)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from graphopt.engines.report import BuildResult, EngineTensor
 
 FILENAME = "model.plan"
+_RTX_MAGIC = b"vtrt"
 _TYPES = {
     "float32": "FP32",
     "float16": "FP16",
@@ -35,13 +36,11 @@ def served_engine(path: Path) -> Served:
     """
     from graphopt.engines.report import read_report
 
+    if is_rtx(path):
+        raise _not_for_triton(path)
     report = read_report(path)
     if report.backend != "tensorrt":
-        raise BadInput(
-            f"is an engine of {report.backend}, and Triton has no backend for those",
-            where=str(path),
-            hint="build it with --backend tensorrt, or package the .onnx file",
-        )
+        raise _not_for_triton(path)
     if report.options.strip_weights:
         raise BadInput(
             "holds no weights, and Triton puts none in", where=str(path), hint="build it without --strip-weights"
@@ -77,6 +76,20 @@ def served_engine(path: Path) -> Served:
         preferred=() if batched is None else tuple(sorted(set(batched[1:]))),
         profiles=len(report.buckets) or 1,
         unbatched=reason,
+    )
+
+
+def is_rtx(path: Path) -> bool:
+    """Whether a file begins as an engine of TensorRT-RTX does."""
+    with path.open("rb") as stream:
+        return stream.read(len(_RTX_MAGIC)) == _RTX_MAGIC
+
+
+def _not_for_triton(path: Path) -> BadInput:
+    return BadInput(
+        "is an engine of tensorrt-rtx, and Triton has no backend for those",
+        where=str(path),
+        hint="build it with --backend tensorrt, or package the .onnx file",
     )
 
 

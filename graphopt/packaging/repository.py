@@ -15,6 +15,8 @@ from graphopt.files.folder import as_one_line, take_lock
 
 CONFIG = "config.pbtxt"
 _SUFFIX = ".graphopt-package"
+# File systems end at 255 bytes; the folder in which a model is prepared has a longer name than the model.
+_LONGEST = 255 - len(f"..{'x' * 8}{_SUFFIX}")
 
 
 def check_place(repository: Path, name: str, version: int, *, force: bool) -> None:
@@ -26,10 +28,18 @@ def check_place(repository: Path, name: str, version: int, *, force: bool) -> No
     """
     if not name or name.startswith(".") or "/" in name or any(ord(character) < 32 for character in name):
         raise BadInput(f"{name!r} is no name of a model", hint="--name takes the name of a folder")
-    if version < 1:
-        raise BadInput(f"{version} is no version: they count from 1", where="--version")
+    if len(name.encode()) > _LONGEST:
+        raise BadInput(f"{name[:20]!r}... is too long a name of a model", hint="--name takes a shorter one")
+    if not 1 <= version < 1 << 63:
+        raise BadInput(f"{version} is no version", where="--version", hint="they count from 1")
     if repository.exists() and not repository.is_dir():
         raise BadInput("is no folder", where=str(repository), hint="--triton takes the folder of the models")
+    if (repository / CONFIG).exists():
+        raise BadInput(
+            f"is a model, for there is a {CONFIG} in it",
+            where=str(repository),
+            hint=f"--triton takes the folder of the models: {repository.parent}",
+        )
     folder = repository if repository.is_dir() else repository.parent
     if not folder.is_dir():
         raise BadInput("no such folder", where=str(folder), hint=f"mkdir -p {folder}")

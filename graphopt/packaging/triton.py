@@ -20,7 +20,8 @@ from graphopt.packaging.signature import Served, Tensor
 DEFAULT_MAX_BATCH = 4
 """What Triton itself fills in for an ONNX model that can be batched and whose configuration does not say."""
 KINDS = {"auto": "KIND_AUTO", "gpu": "KIND_GPU", "cpu": "KIND_CPU"}
-_ENGINES = (b"ptrt", b"ftrt")
+_ENGINES = (b"ptrt", b"ftrt", b"vtrt")
+_INT32 = (1 << 31) - 1  # what a configuration counts with
 _HEADER = "# Written by graphopt package. Not run on a server there.\n"
 
 
@@ -89,10 +90,17 @@ def package_triton(
     source, folder = Path(model), Path(repository)
     if name is None:
         name = source.name.removesuffix(".onnx") if source.suffix == ".onnx" else source.stem
-    if instances < 1:
-        raise BadInput(f"{instances} instances serve nothing", where="--instances")
+    if not source.exists():
+        raise BadInput("no such file", where=str(source), hint="check the path")
+    if source.is_dir():
+        raise BadInput("is a folder", where=str(source), hint="give an .onnx file or an engine")
+    if not 1 <= instances <= _INT32:
+        what = f"{instances} instances serve nothing" if instances < 1 else f"{instances} are too many"
+        raise BadInput(what, where="--instances", hint="1 is a beginning")
+    if max_batch is not None and not 0 <= max_batch <= _INT32:
+        raise BadInput(f"{max_batch} is no batch", where="--max-batch", hint=f"0: none, or 1 to {_INT32}")
     if device not in KINDS:
-        raise BadInput(f"no device {device!r}", hint=f"there are {', '.join(KINDS)}")
+        raise BadInput(f"no device {device!r}", where="--device", hint=f"there are {', '.join(KINDS)}")
     check_place(folder, name, version, force=force)
     served = served_engine(source) if _is_engine(source) else served_model(source, verify=verify and max_batch != 0)
     if served.platform == "tensorrt_plan" and device == "cpu":
@@ -158,8 +166,6 @@ def _max_batch(served: Served, wanted: int | None, source: Path) -> tuple[int, s
     """The largest batch, and where that comes from."""
     if wanted == 0:
         return 0, "as asked"
-    if wanted is not None and wanted < 0:
-        raise BadInput(f"{wanted} is no batch", where="--max-batch")
     if served.unbatched is not None:
         if wanted is not None:
             raise BadInput(

@@ -80,6 +80,7 @@ BACKENDS: dict[str, Backend] = {
     "onnxruntime": OnnxRuntimeRunner,
     "tensorrt": _later("graphopt.engines.running", "load_engine"),
     "tensorrt-rtx": _later("graphopt.engines.running", "load_engine"),
+    "bundle": _later("graphopt.bundles.running", "load_bundle"),
 }
 # The backend for files of a kind, where the caller names none. An engine's own file says whose it is.
 BACKEND_FOR_SUFFIX: dict[str, str] = {
@@ -95,7 +96,7 @@ def load(path: str | Path, backend: str | None = None, threads: int | None = Non
     """Load a model, ready to run.
 
     Args:
-        path: The model's file.
+        path: The model's file, or the folder of a bundle.
         backend: Which backend runs it; by the kind of file if None.
         threads: Threads within an operator; None leaves it to the backend.
 
@@ -110,7 +111,8 @@ def load(path: str | Path, backend: str | None = None, threads: int | None = Non
         raise BadInput("no such file", where=str(file))
     if threads is not None and threads < 1:
         raise BadInput(f"threads must be at least 1, not {threads}")
-    name = backend if backend is not None else BACKEND_FOR_SUFFIX.get(file.suffix)
+    by_kind = "bundle" if file.is_dir() else BACKEND_FOR_SUFFIX.get(file.suffix)
+    name = backend if backend is not None else by_kind
     if name is None:
         raise BadInput(
             "no backend is known for this kind of file", where=str(file), hint=f"backends: {', '.join(BACKENDS)}"

@@ -136,6 +136,20 @@ def test_options_that_do_not_fit(
     assert sorted(path.name for path in Path().iterdir()) == ["model.onnx"]
 
 
+def test_values_that_decide_shapes_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "g (float[2, 8] x, int64[2] s) => (float[a, b] y) { y = Reshape(x, s) }"
+    ir.save(ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 20]> {text}'), "model.onnx")
+    np.savez("c.npz", x=np.zeros((3, 2, 8), np.float32), s=np.array([[2, 8], [4, 4], [16, 1]]))
+    arguments = ["build", "model.onnx", "-o", "e", "--backend", "tensorrt-rtx", "--calibration", "c.npz"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[1].split() == ["s,", "its", "values", "2", "1", "4", "4", "16", "8"]
+    assert ", 1 layer, " not in printed and "; 1 layer before fusion, tensorrt-rtx" in printed and " kB in " in printed
+
+
 def test_buckets_are_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["build", str(model), "-o", "e", "--backend", "tensorrt-rtx", "--shapes", "batch=1/2/5", "--buckets"]
     assert main(arguments) == 0

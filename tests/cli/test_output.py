@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from graphopt.cli.output import common_options, console, print_json, progress, table, to_plain
+from graphopt.cli.output import common_options, console, print_json, progress, table, tell_bytes, to_plain
 
 
 @dataclass
@@ -79,3 +79,7 @@ def test_common_options() -> None:
     run = CliRunner().invoke
     assert run(command, ["--json", "-v"]).output == "True True\n"
     assert run(command, []).output == "False False\n"
+
+
+def test_small_files_have_a_size_too() -> None:
+    assert [tell_bytes(size) for size in (0, 9_800, 1_000_000, 12_345_678)] == ["0.0 kB", "9.8 kB", "1.0 MB", "12.3 MB"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import importlib.util
+import os
 import subprocess
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from graphopt.engines import BuildOptions, Profile, build_engine, read_report
 from graphopt.engines.build import NotCovered
 from graphopt.engines.child import Refused
 from graphopt.engines.coverage import Coverage
+from graphopt.engines.worker import describe_gpu
 from graphopt.errors import BadInput, GraphoptError, MissingDependency
 
 needs_rtx = pytest.mark.skipif(
@@ -132,7 +135,10 @@ def test_a_library_that_does_not_load(model: Path, tmp_path: Path, monkeypatch: 
     fake_library(tmp_path, monkeypatch, "raise OSError('libfake.so.1: no such file')")
     with pytest.raises(GraphoptError) as caught:
         build_engine(model, tmp_path / "e", backend="tensorrt-rtx")
-    assert str(caught.value) == f"{model}: cannot load fake_trt: libfake.so.1: no such file"
+    assert isinstance(caught.value, MissingDependency)
+    assert str(caught.value) == (
+        "cannot load FakeRT: libfake.so.1: no such file (in graphopt's folder: pip install '.[rtx]')"
+    )
 
 
 def test_a_library_that_is_not_there(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,17 +154,131 @@ def test_bad_arguments(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     cases = [
         ("tensort", tmp_path / "e", "no backend 'tensort' (did you mean 'tensorrt'?)"),
         ("tensorrt-rtx", model, f"{model}: is the model itself (give the engine another name)"),
-        ("tensorrt-rtx", tmp_path, f"{tmp_path}: is a folder (give the name of the engine to write)"),
+        ("tensorrt-rtx", tmp_path, f"{tmp_path}: is a folder (give the name of the file to write)"),
         (
             "tensorrt-rtx",
             tmp_path / "no" / "e",
-            f"{tmp_path / 'no' / 'e'}: the folder '{tmp_path / 'no'}' does not exist",
+            f"{tmp_path / 'no'}: no such folder (mkdir -p {tmp_path / 'no'})",
         ),
     ]
     for backend, out, line in cases:
         with pytest.raises(BadInput) as caught:
             build_engine(model, out, backend=backend)
         assert str(caught.value) == line
+
+
+def test_nothing_that_is_there_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_library(tmp_path, monkeypatch, LOGGING_LIBRARY.format(end="os.abort()"))
+    model = save(DYNAMIC, tmp_path / "model.onnx")
+    model.rename(tmp_path / "net.json")
+    external = ir.from_onnx_text(DYNAMIC.replace("Relu(x)", "Add(x, w)"))
+    external.graph.initializers["w"] = ir.Value(
+        name="w", const_value=ir.tensor(np.ones((64, 3), np.float32), name="w"), type=ir.TensorType(ir.DataType.FLOAT)
+    )
+    ir.save(external, tmp_path / "external.onnx", external_data="weights.data", size_threshold_bytes=10)
+    np.savez(tmp_path / "c.npz", x=np.zeros((2, 3), np.float32))
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "0.npz", x=np.zeros((2, 3), np.float32))
+    (tmp_path / "settings.json").write_text('{"a": 1}')
+    os.mkfifo(tmp_path / "pipe")
+    another = "(give the engine another name)"
+    cases = [
+        ("net.json", "net", f"net.json: its report is the model itself {another}"),
+        (
+            "external.onnx",
+            "weights.data",
+            f"weights.data: is a data file of the model {another}",
+        ),
+        ("external.onnx", "data/0.npz", f"data/0.npz: is what --calibration names {another}"),
+        ("external.onnx", "c.npz", f"c.npz: is what --calibration names {another}"),
+        (
+            "external.onnx",
+            "settings",
+            f"settings: the report would be written to settings.json, and something else is there {another}",
+        ),
+        ("external.onnx", "pipe", "pipe: is no ordinary file (give the name of the engine to write)"),
+    ]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for source, out, line in cases:
+        with pytest.raises(BadInput) as caught:
+            calibration = tmp_path / ("data" if out.startswith("data") else "c.npz")
+            build_engine(tmp_path / source, tmp_path / out, backend="tensorrt-rtx", calibration=calibration)
+        assert str(caught.value) == f"{tmp_path}/{line}"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_build(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_library(tmp_path, monkeypatch, LOGGING_LIBRARY.format(end="os.abort()"))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may write everywhere
+    with pytest.raises(BadInput, match="no permission to write here"):
+        build_engine(model, tmp_path / "e", backend="tensorrt-rtx")
+
+
+def test_one_build_of_an_engine_at_a_time(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_library(tmp_path, monkeypatch, LOGGING_LIBRARY.format(end="os.abort()"))
+    second: list[str] = []
+
+    def run_child(*_: object) -> None:
+        with pytest.raises(BadInput) as caught:
+            build_engine(model, tmp_path / "e", backend="tensorrt-rtx")
+        second.append(str(caught.value))
+        assert (tmp_path / ".e.partial").exists()  # the second one left it to the first
+        raise GraphoptError("enough")
+
+    monkeypatch.setattr(build_module, "run_child", run_child)
+    with pytest.raises(GraphoptError, match="enough"):
+        build_engine(model, tmp_path / "e", backend="tensorrt-rtx")
+    assert second == [f"{tmp_path / 'e'}: another build is writing it (wait for it, or give another name)"]
+    assert not (tmp_path / ".e.partial").exists()
+
+
+def test_a_name_that_no_file_can_have(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_library(tmp_path, monkeypatch, LOGGING_LIBRARY.format(end="os.abort()"))
+    with pytest.raises(BadInput, match="cannot be written: File name too long"):
+        build_engine(model, tmp_path / ("e" * 250), backend="tensorrt-rtx")
+
+
+@pytest.mark.parametrize("library", ["", ctypes.util.find_library("m") or "", "/no/such/library.so"])
+def test_a_library_that_is_no_driver_is_no_gpu(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_LIBCUDA", library)
+    if library:  # without a name the driver of this machine is asked, which may be there
+        assert describe_gpu() is None
+    else:
+        describe_gpu()
+
+
+def test_an_input_that_is_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_library(tmp_path, monkeypatch, LOGGING_LIBRARY.format(end="os.abort()"))
+    path = save(STATIC.replace("(float[2, 3] y)", "(float[2, 3] y, float[2, 3] x)"), tmp_path / "m.onnx")
+    with pytest.raises(BadInput, match="'x' is an input and an output; FakeRT needs two names"):
+        build_engine(path, tmp_path / "e", backend="tensorrt-rtx")
+
+
+@needs_rtx
+def test_what_a_parser_says_among_noise_is_told(tmp_path: Path) -> None:
+    text = DYNAMIC.replace("Relu(x)", "MatMul(x, w)").replace("y) {", "y) <float[4, 3] w = {" + "1, " * 11 + "1}> {")
+    with pytest.raises(GraphoptError, match="must match") as caught:
+        build_engine(save(text, tmp_path / "m.onnx"), tmp_path / "e", backend="tensorrt-rtx", shapes=["batch=1"])
+    assert "MatMul" in str(caught.value) and "cudaError" not in str(caught.value)
+
+
+def test_buckets_of_a_static_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_library(tmp_path, monkeypatch, LOGGING_LIBRARY.format(end="os.abort()"))
+    with pytest.raises(BadInput) as caught:
+        build_engine(model, tmp_path / "e", backend="tensorrt-rtx", buckets=True)
+    assert str(caught.value) == "--buckets: every input has one size (leave it out)"
+
+
+def test_nodes_that_do_not_run_are_told_before_sizes_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_library(tmp_path, monkeypatch, LOGGING_LIBRARY.format(end="os.abort()"))
+    path = save(DYNAMIC.replace("float[batch, 3]", "string[batch]").replace("Relu", "Identity"), tmp_path / "m.onnx")
+    with pytest.raises(NotCovered):
+        build_engine(path, tmp_path / "e", backend="tensorrt-rtx")
 
 
 @needs_rtx
@@ -322,9 +442,9 @@ def test_sizes_come_from_data(tmp_path: Path) -> None:
 @needs_rtx
 def test_a_profile_for_each_bucket(tmp_path: Path) -> None:
     path = save(DYNAMIC, tmp_path / "model.onnx")
-    result = build_engine(path, tmp_path / "e", backend="tensorrt-rtx", shapes=["batch=1/4/6"], buckets=True)
-    assert result.buckets == ({"batch": 1}, {"batch": 2}, {"batch": 4}, {"batch": 6})
-    assert result.profiles == {"x": Profile((1, 3), (4, 3), (6, 3))}
+    result = build_engine(path, tmp_path / "e", backend="tensorrt-rtx", shapes=["batch=1/5/6"], buckets=True)
+    assert result.buckets == ({"batch": 1}, {"batch": 2}, {"batch": 4}, {"batch": 5}, {"batch": 6})
+    assert result.profiles == {"x": Profile((1, 3), (5, 3), (6, 3))}
 
 
 @needs_rtx

@@ -20,7 +20,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "2TiB", "GiB", "2 G i B", "1e9"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "2TiB", "GiB", "2 G i B", "1e9", "9999999999G"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(BadInput) as caught:
         parse_size(text)

@@ -73,15 +73,15 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("no_such_module.tensorrt", "entry point entry0: the plugin cannot be imported: No module named"),
         ("json", "entry point entry0: json has no PLUGIN"),
-        ("same_name", "entry point entry0: a plugin called 'PivotLinear' exists already"),
-        ("broken", "entry point entry0: the plugin cannot be imported: division by zero"),
+        ("same_name_plugin", "entry point entry0: a plugin called 'PivotLinear' exists already"),
+        ("broken_plugin", "entry point entry0: the plugin cannot be imported: division by zero"),
     ],
 )
 def test_entry_points_that_do_not_work(
     module: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "broken.py").write_text("1 / 0")
-    (tmp_path / "same_name.py").write_text(
+    (tmp_path / "broken_plugin.py").write_text("1 / 0")
+    (tmp_path / "same_name_plugin.py").write_text(
         "from dataclasses import replace\n"
         "from graphopt.plugins.pivot_linear.tensorrt import PLUGIN as OURS\n"
         "PLUGIN = replace(OURS, namespace='theirs')\n"

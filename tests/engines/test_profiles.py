@@ -36,6 +36,7 @@ def test_a_range_and_a_single_shape() -> None:
         (["=1"], "--shapes: '=1' is not NAME=MIN/OPT/MAX (for example x=1x16/4x64/8x128)"),
         (["x=1", "x=2"], "--shapes: 'x' is given twice"),
         (["x=1/2x2/3"], "--shapes: 'x=1/2x2/3' has shapes of different rank"),
+        (["x=1x2147483648"], "--shapes: 'x=1x2147483648' has an axis larger than 2147483647"),
         (["x=4/2/8"], "--shapes: 'x=4/2/8' is not in the order MIN ≤ OPT ≤ MAX"),
     ],
 )
@@ -49,6 +50,11 @@ def test_symbols_serve_every_input_that_has_them() -> None:
     profiles = make_profiles([IDS, MASK], parse_shapes(["batch=1/4/8", "sequence=1/64/128"]))
     expected = Profile((1, 1), (4, 64), (8, 128))
     assert profiles == {"ids": expected, "mask": expected}
+
+
+def test_the_shape_of_one_input_serves_others_that_have_its_symbols() -> None:
+    profiles = make_profiles([IDS, MASK], parse_shapes(["ids=1x1/4x64/8x128"]))
+    assert profiles["mask"] == Profile((1, 1), (4, 64), (8, 128))
 
 
 def test_a_shape_of_an_input_goes_before_a_symbol_and_static_inputs_need_none() -> None:
@@ -87,6 +93,16 @@ def test_a_shape_of_an_input_goes_before_a_symbol_and_static_inputs_need_none() 
             [IDS, MASK],
             ["ids=1x1/2x2/3x3", "mask=1x1/2x2/4x3"],
             "--shapes: 'batch' is 1/2/3 in 'ids' and 1/2/4 in 'mask'",
+        ),
+        (
+            [IDS],
+            ["ids=1x1/2x2/3x3", "batch=4"],
+            "--shapes: 'batch' is 4/4/4 by its name and 1/2/3 in 'ids'",
+        ),
+        (
+            [ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))],
+            ["x=1"],
+            "input 'x': has no known number of axes (export it with a shape)",
         ),
     ],
 )

@@ -326,6 +326,7 @@ def test_buckets() -> None:
         {"b": 2, "s": 128},
     ]
     assert qdp.buckets({"s": (1, 128)}, (32, 64)) == [{"s": size} for size in (1, 32, 64, 128)]
+    assert qdp.buckets({"b": (1, 40)}, also={"b": 32, "other": 5}) == [{"b": size} for size in (1, 2, 4, 8, 16, 32, 40)]
     with pytest.raises(BadInput, match=r"36 shapes \(6 of b, 6 of s\) are more than 32 profiles"):
         qdp.buckets({"b": (1, 17), "s": (1, 17)})
     with pytest.raises(BadInput, match="no range"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from graphopt.engines.report import (
     EngineTensor,
     check_fits,
     hash_file,
+    is_report,
     read_report,
     report_path,
     write_report,
@@ -73,6 +75,24 @@ def test_what_is_no_report(report: BuildResult, content: str) -> None:
     report_path(report.path).write_text(content)
     with pytest.raises(BadInput, match=r"model\.engine\.json: is no report of an engine"):
         read_report(report.path)
+
+
+@pytest.mark.parametrize("name", ["inputs", "profiles", "values", "buckets", "options", "inspection", "notes"])
+@pytest.mark.parametrize("wrong", [[1], 1, None, "x"])
+def test_a_report_that_was_edited(report: BuildResult, name: str, wrong: object) -> None:
+    plain = json.loads(report_path(report.path).read_text())
+    report_path(report.path).write_text(json.dumps({**plain, name: wrong}))
+    with contextlib.suppress(BadInput):  # a list or a text may pass for another; it is one line in any case
+        read_report(report.path)
+
+
+def test_what_looks_like_a_report(report: BuildResult, tmp_path: Path) -> None:
+    path = report_path(report.path)
+    assert is_report(path)
+    path.write_bytes(path.read_bytes()[:100])
+    assert is_report(path)
+    path.write_text('{"model": {"format": 1}}')
+    assert not is_report(path) and not is_report(tmp_path / "absent") and not is_report(tmp_path)
 
 
 def test_nothing_there(report: BuildResult, tmp_path: Path) -> None:

@@ -297,6 +297,8 @@ def test_a_program_repeats_one_run(driver: StandIn, tmp_path: Path, cuda_graphs:
         ),
         ("Serialization assertion stdVersionRead == kV failed.Version tag does not match.", "by another version"),
         ("Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient)", "driver is too old"),
+        ("cudaError 35", "install a newer driver; graphopt selftest says which"),
+        ("Error Code 2: OutOfMemory", "close what else uses the GPU, or build with --weight-streaming"),
         ("Something else went wrong", "TensorRT does not load it: Something else went wrong"),
     ],
 )

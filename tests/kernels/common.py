@@ -106,9 +106,9 @@ def pivot_case(form: str, dtype: str, rows: int, n: int, r: int, m: int, seed: i
     """PivotLinear on whole numbers, few of them other than zero: also what is between the two products is exact.
 
     The inputs of graphopt_pivot_rows or graphopt_pivot_columns. By the seed, channels are in a random order, or (column
-    form) those that are no pivots are side by side, in front of the pivots or behind them.
+    form) those that are no pivots are side by side, in front of the pivots or behind them, or only begin as if.
     """
-    from graphopt.plugins.pivot_linear.reference import column_form, row_form
+    from graphopt.plugins.pivot_linear.reference import row_form
 
     rng = np.random.default_rng([seed, rows, n, r, m])
 
@@ -125,12 +125,22 @@ def pivot_case(form: str, dtype: str, rows: int, n: int, r: int, m: int, seed: i
         y = row_form(x, kept, coefficients, order, bias)
     else:
         kept, coefficients, order = sparse(m, r), sparse(r, n - r), rng.permutation(n)
-        if seed % 3 == 1:
+        if seed % 4 == 1:
             order = np.concatenate([n - r + rng.permutation(r), np.arange(n - r)])
-        elif seed % 3 == 2:
+        elif seed % 4 == 2:
             order = np.concatenate([rng.permutation(r), np.arange(r, n)])
-        inner = wide(x)[:, order[:r]] + wide(x)[:, order[r:]] @ wide(coefficients).T
-        y = column_form(x, kept, coefficients, order, bias)
+        elif seed % 4 == 3:
+            order = np.concatenate([1 + rng.permutation(r), [0], r + 1 + rng.permutation(n - r - 1)])
+        y, inner = column_results(x, kept, coefficients, bias, order)
     assert np.abs(inner).max(initial=0) <= 256
     inputs = [x, kept, coefficients, bias, order.astype(np.int32)]
     return Case(inputs, [y, inner], [np.zeros_like(y), np.zeros_like(inner)], [DTYPES[dtype]] * 2)
+
+
+def column_results(x: Array, kept: Array, coefficients: Array, bias: Array, positions: Array) -> tuple[Array, Array]:
+    """y and inner of the column form, (rows, m) and (rows, r) in float64."""
+    from graphopt.plugins.pivot_linear.reference import column_form
+
+    pivots, others = np.split(positions, [kept.shape[1]])
+    inner = wide(x)[:, pivots] + wide(x)[:, others] @ wide(coefficients).T
+    return column_form(x, kept, coefficients, positions, bias), inner

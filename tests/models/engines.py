@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -243,6 +244,40 @@ def _attention() -> dict[str, Form]:
             opset=23,
             dies=True,
         ),
+        "Attention of one tensor, added 0": Form(
+            "(float[2, 4, 64] x) => (float y) <float[1] zero = {0}> { q = Add(x, zero)\n"
+            " y = Attention<q_num_heads = 4, kv_num_heads = 4>(q, x, x) }",
+            opset=23,
+        ),
+        "Attention of one tensor, times 1": Form(
+            "(float16[2, 4, 8, 64] x) => (float16 y) { q = Mul(x, one)\n y = Attention(q, x, x) }",
+            "Attention",
+            opset=23,
+            weights={"one": np.ones(1, np.float16)},
+            dies=True,
+        ),
+        "Attention, queries and keys by equal nodes": Form(
+            "(float16[2, 4, 8, 64] x) => (float16 y) { q = Relu(x)\n k = Relu(x)\n y = Attention(q, k, x) }",
+            "Attention",
+            opset=23,
+            dies=True,
+        ),
+        "Attention, queries and keys by a cast there and back": Form(
+            "(float16[2, 4, 8, 64] x) => (float16 y)"
+            " { a = Cast<to = 1>(x)\n q = Cast<to = 10>(a)\n y = Attention(q, x, x) }",
+            "Attention",
+            opset=23,
+            dies=True,
+        ),
+        "Attention, queries and keys by equal weights": Form(
+            "(float16[2, 4, 8, 64] x) => (float16 y) { q = MatMul(x, w)\n k = MatMul(x, w)\n y = Attention(q, k, x) }",
+            opset=23,
+            weights={"w": np.eye(64, dtype=np.float16)},
+        ),
+        "Attention, queries are values": Form(
+            "(float16[2, 4, 8, 64] x, float16[2, 4, 8, 64] k) => (float16 y) { y = Attention(x, k, x) }", opset=23
+        ),
+        "MultiHeadAttention, queries are values": Form(flat + f"{{ {call}(q, k, q) }}"),
         "MultiHeadAttention": Form(flat + f"{{ {call}(q, k, v) }}"),
         "MultiHeadAttention, keys are values": Form(flat + f"{{ {call}(q, k, k) }}"),
         "MultiHeadAttention, queries are keys": Form(flat + f"{{ {call}(q, q, v) }}", "MultiHeadAttention", dies=True),

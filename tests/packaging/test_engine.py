@@ -122,6 +122,13 @@ def test_without_a_report(tmp_path: Path) -> None:
         package_triton(path, tmp_path / "models")
 
 
+def test_an_engine_of_rtx_without_a_report(tmp_path: Path) -> None:
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"vtrt" + bytes(100))
+    with pytest.raises(BadInput, match="Triton has no backend for those"):
+        package_triton(path, tmp_path / "models")
+
+
 def test_an_engine_is_for_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="runs on a GPU"):
         packaged(tmp_path, {"device": "cpu"}, inputs=[X], outputs=[Y], profiles=ONE)

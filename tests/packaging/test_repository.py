@@ -59,9 +59,13 @@ def test_what_is_no_place(tmp_path: Path) -> None:
         ("models", {"name": "a/b"}, "no name"),
         ("models", {"name": ".a"}, "no name"),
         ("models", {"name": ""}, "no name"),
+        ("models", {"name": "x" * 300}, "is too long a name"),
         ("models", {"version": 0}, "no version"),
         ("models", {"instances": 0}, "serve nothing"),
         ("models", {"max_batch": -1}, "no batch"),
+        ("models", {"version": 1 << 63}, "no version"),
+        ("models", {"instances": 1 << 31}, "too many"),
+        ("models", {"max_batch": 1 << 31}, "no batch"),
         ("models", {"device": "tpu"}, "no device"),
         ("file", {}, "is no folder"),
         ("none/models", {}, "no such folder"),
@@ -69,7 +73,15 @@ def test_what_is_no_place(tmp_path: Path) -> None:
     for folder, options, told in wrong:
         with pytest.raises(BadInput, match=told):
             package_triton(path, tmp_path / folder, **options)
+    with pytest.raises(BadInput, match="no such file"):
+        package_triton(tmp_path / "none.onnx", tmp_path / "models")
+    with pytest.raises(BadInput, match="is a folder"):
+        package_triton(tmp_path, tmp_path / "models")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "m.onnx"]
+    made = package_triton(path, tmp_path / "models", name="x" * 228)
+    assert (made.path / "1" / "model.onnx").is_file()
+    with pytest.raises(BadInput, match="is a model, for there is a"):
+        package_triton(path, made.path)
 
 
 def test_a_failed_copy_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,10 +220,48 @@ def _scan_states(at: Looked) -> int:
 
 
 @condition
-def same_input(at: Looked, inputs: Sequence[int]) -> Findings | None:
-    """The first of these inputs is the same tensor as one of the others."""
-    first, *others = (at.input(index) for index in inputs)
-    return {"value": first.name or ""} if first is not None and any(first is other for other in others) else None
+def same_as_keys(at: Looked) -> Findings | None:
+    """The queries are the keys: one tensor, or two that the library makes one, as it takes nodes away."""
+    queries, keys = at.input(0), at.input(1)
+    if queries is None or keys is None or _origin(at, queries) != _origin(at, keys):
+        return None
+    return {"value": queries.name or ""}
+
+
+_DEEPEST = 16
+
+
+def _origin(at: Looked, value: ir.Value) -> tuple[object, ...]:
+    """A value as what it is made from: equal for values that the library finds to be the same.
+
+    As was seen: it leaves out Identity, products with 1, Reshapes to the same shape and Casts there and back, and
+    takes equal nodes of one input for one. It does not compare nodes of two.
+    """
+    steps: list[object] = []
+    for _ in range(_DEEPEST):
+        node = value.producer()
+        inputs = [] if node is None else [v for v in node.inputs if v is not None]
+        moving = [v for v in inputs if not at.known.is_weight(v)]
+        if node is None or node.domain != "" or len(moving) != 1 or len(node.outputs) != 1:
+            break
+        source = moving[0]
+        if not _is_left_out(at, node, source):
+            if len(inputs) > 1 and node.op_type != "Reshape":
+                break
+            steps.append((node.op_type, str(sorted((name, str(a.value)) for name, a in node.attributes.items()))))
+        value = source
+    # Casts there and back: the type at the end tells what is left of them.
+    kept = [step for step in steps if not (isinstance(step, tuple) and step[0] == "Cast")]
+    return (id(value), at.known.dtype(value), *kept)
+
+
+def _is_left_out(at: Looked, node: ir.Node, source: ir.Value) -> bool:
+    if node.op_type == "Mul":
+        factor = next((at.known.array(v) for v in node.inputs if v is not source), None)
+        return factor is not None and bool((factor.astype(float) == 1).all())
+    if node.op_type == "Reshape":
+        return at.known.shape(source) == at.known.shape(node.outputs[0])
+    return node.op_type == "Identity"
 
 
 @condition

@@ -1,0 +1,161 @@
+"""Bundles on disk: whole or not at all, the weights once, and loaded like models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import graphopt
+from graphopt.bundles import BundleRunner, read_bundle, split, write_bundle
+from graphopt.errors import BadInput, GraphoptError
+from graphopt.runtime.session import create_session, run
+from tests.models.nests import Nest
+from tests.models.text import model_from_text
+
+MODEL = """
+<ir_version: 10, opset_import: ["" : 18]>
+g (float[n, 32] x, bool c, int64 trips) => (float[n, 32] y, float[n, 32] same) <float[32, 32] w> {
+    a = MatMul (x, w)
+    b = If (c) <
+        then_branch = t () => (float[n, 32] p) { p = MatMul (a, w) },
+        else_branch = e () => (float[n, 32] q) { q = Neg (a) }
+    >
+    y = Loop (trips, , b) <body = l (int64 i, bool go, float[n, 32] s) => (bool again, float[n, 32] after) {
+        again = Identity (go)
+        after = Tanh (s)
+    }>
+    same = Identity (x)
+}
+"""
+
+
+def model() -> ir.Model:
+    made = model_from_text(MODEL)
+    weight = made.graph.initializers["w"]
+    weight.const_value = ir.tensor(np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32), name="w")
+    return made
+
+
+def feeds(c: bool, trips: int, rows: int = 2) -> dict[str, Any]:
+    x = np.random.default_rng(rows).standard_normal((rows, 32)).astype(np.float32)
+    return {"x": x, "c": np.array(c), "trips": np.array(trips, np.int64)}
+
+
+def test_a_bundle_runs_like_its_network(tmp_path: Path) -> None:
+    reference = create_session(ir.to_proto(model()).SerializeToString(), optimized=False)
+    version = write_bundle(split(model()), tmp_path / "net")
+    runner = graphopt.load(tmp_path / "net")
+    assert isinstance(runner, BundleRunner)
+    assert [item.name for item in runner.inputs] == ["x", "c", "trips"]
+    assert [item.shape for item in runner.outputs] == [("n", 32), ("n", 32)]
+    for c in (True, False):
+        for trips in (0, 3):
+            wanted, found = run(reference, feeds(c, trips)), runner.run(feeds(c, trips))
+            for name in wanted:
+                np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6)
+    (data,) = version.glob("*.data")
+    assert data.stat().st_size == 32 * 32 * 4  # both blocks that multiply by it
+    assert sum(runner.runs.values()) == 2 * (2 + 2) + 2 * 3
+
+
+def test_an_output_does_not_follow_the_callers_array(tmp_path: Path) -> None:
+    write_bundle(split(model()), tmp_path / "net")
+    given = feeds(True, 0)
+    found = graphopt.load(tmp_path / "net").run(given)
+    before = found["same"].copy()
+    given["x"][:] = 7
+    np.testing.assert_array_equal(found["same"], before)
+
+
+def test_wrong_feeds_are_one_line(tmp_path: Path) -> None:
+    write_bundle(split(model()), tmp_path / "net")
+    with pytest.raises(BadInput, match="input 'x': expected float32"):
+        graphopt.load(tmp_path / "net").run({**feeds(True, 1), "x": np.ones((2, 3), np.float32)})
+
+
+def test_sequences_and_optionals_take_the_plain_way(tmp_path: Path) -> None:
+    nest = Nest(5)
+    write_bundle(split(ir.from_proto(nest.model)), tmp_path / "nest")
+    reference = create_session(nest.model.SerializeToString(), optimized=False)
+    runner = BundleRunner(tmp_path / "nest", optimized=False)
+    for case in nest.feeds(3):
+        wanted = run(reference, case)
+        found = runner.run(case)
+        assert all(np.array_equal(wanted[name], found[name], equal_nan=True) for name in wanted)
+
+
+def test_the_same_network_gives_the_same_bytes(tmp_path: Path) -> None:
+    versions = [write_bundle(split(model()), tmp_path / name) for name in ("one", "two")]
+    assert versions[0].name == versions[1].name
+    files = [sorted(path.name for path in version.iterdir()) for version in versions]
+    assert files[0] == files[1]
+    for name in files[0]:
+        assert (versions[0] / name).read_bytes() == (versions[1] / name).read_bytes()
+
+
+def test_a_new_version_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    first = write_bundle(split(model()), tmp_path / "net")
+    other = model()
+    other.graph.initializers["w"].const_value = ir.tensor(np.eye(32, dtype=np.float32), name="w")
+    second = write_bundle(split(other), tmp_path / "net")
+    assert not first.exists() and second.exists()
+    assert sorted(path.name for path in (tmp_path / "net").iterdir()) == sorted(["current", second.name])
+
+
+def test_a_write_that_fails_leaves_the_bundle_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import graphopt.bundles.folder as folder
+
+    write_bundle(split(model()), tmp_path / "net")
+    before = {path: path.read_bytes() for path in (tmp_path / "net").rglob("*") if path.is_file()}
+
+    def full(*_: object) -> None:
+        raise GraphoptError("cannot be written: no space left on device")
+
+    monkeypatch.setattr(folder, "write_file", full)
+    other = model()
+    other.graph.initializers["w"].const_value = ir.tensor(np.eye(32, dtype=np.float32), name="w")
+    with pytest.raises(GraphoptError, match="no space"):
+        write_bundle(split(other), tmp_path / "net")
+    assert {path: path.read_bytes() for path in (tmp_path / "net").rglob("*") if path.is_file()} == before
+
+
+def test_what_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(BadInput, match="is no bundle, and would be replaced"):
+        write_bundle(split(model()), tmp_path / "mine")
+    with pytest.raises(BadInput, match="is no bundle"):
+        graphopt.load(tmp_path / "mine")
+    with pytest.raises(BadInput, match="no such folder"):
+        write_bundle(split(model()), tmp_path / "not" / "there")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan: plan.pop("steps") and plan.update(version=2), "is of version 2"),
+        (lambda plan: plan.update(more=1), "is no plan: more"),
+        (lambda plan: plan["steps"][0].update(run=3), "is no plan: steps"),
+        (lambda plan: plan["blocks"]["block_1"].update(file="../../secret.onnx"), "is not there"),
+        (lambda plan: plan["blocks"]["block_1"].update(file="gone.onnx"), "is not there"),
+    ],
+)
+def test_a_plan_that_was_changed(change: Any, said: str, tmp_path: Path) -> None:
+    version = write_bundle(split(model()), tmp_path / "net")
+    plan = json.loads((version / "plan.json").read_text())
+    change(plan)
+    (version / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(BadInput, match=said):
+        read_bundle(tmp_path / "net")
+
+
+def test_a_pointer_that_leads_elsewhere(tmp_path: Path) -> None:
+    write_bundle(split(model()), tmp_path / "net")
+    (tmp_path / "net" / "current").write_text("../other\n")
+    with pytest.raises(BadInput, match="is not there"):
+        graphopt.load(tmp_path / "net")
