@@ -39,7 +39,7 @@ bench: $(VENV)/.bench ## run what is behind the README's tables and write them; 
 
 # Looked for before anything is installed: worker.py needs nothing but Python.
 gpu: ## what needs a GPU; says so where there is none
-	@(cd graphopt/engines && $(PYTHON) -Bc 'import sys, worker; sys.exit(0 if worker.find_gpu() else 9)'); \
+	@(cd graphopt/engines/child && $(PYTHON) -Bc 'import sys, worker; sys.exit(0 if worker.find_gpu() else 9)'); \
 	case $$? in \
 	0) $(MAKE) --no-print-directory gpu-tests;; \
 	9) echo "no GPU here: nothing was run. The tests marked gpu need a GPU with NVIDIA's driver.";; \

@@ -91,8 +91,8 @@ def command(
     """
     from graphopt.engines import BuildOptions, build_engine
     from graphopt.engines.build import NotCovered
-    from graphopt.engines.child import Refused
     from graphopt.engines.options import parse_compute_capabilities, parse_size
+    from graphopt.engines.spawning import Refused
 
     options = BuildOptions(
         workspace=None if workspace is None else parse_size(workspace),

@@ -64,6 +64,7 @@ class OnnxCudaRunner(_OnGpu):
         """
         if not path.is_file():
             raise BadInput("no such file", where=str(path))
+        find_driver()  # no package helps where there is no GPU: told first
         ort = import_onnxruntime()
         if CUDA_PROVIDER not in ort.get_available_providers():
             raise MissingDependency("this onnxruntime has no CUDA provider", hint=install_hint("gpu"))

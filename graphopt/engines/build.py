@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from graphopt.engines.backends import Backend, find_backend
-from graphopt.engines.child import NotLoaded, OnLog, OnProgress, run_child
+from graphopt.engines.child.requests import Request
+from graphopt.engines.child.worker import describe_gpu
 from graphopt.engines.coverage import Coverage, predict
 from graphopt.engines.inspector import Inspection, parse_inspection
 from graphopt.engines.options import PLUGINS, BuildOptions, check_options
@@ -29,8 +30,7 @@ from graphopt.engines.profiles import (
     symbol_sizes,
 )
 from graphopt.engines.report import BuildResult, EngineTensor, hash_file, is_report, report_path, write_report
-from graphopt.engines.requests import Request
-from graphopt.engines.worker import describe_gpu
+from graphopt.engines.spawning import NotLoaded, OnLog, OnProgress, run_child
 from graphopt.errors import BadInput, GraphoptError, MissingDependency, install_hint
 from graphopt.files.folder import check_target
 from graphopt.inlining import inline_all

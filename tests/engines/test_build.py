@@ -16,9 +16,9 @@ import graphopt.engines.backends as backends
 import graphopt.engines.build as build_module
 from graphopt.engines import BuildOptions, Profile, build_engine, read_report
 from graphopt.engines.build import NotCovered
-from graphopt.engines.child import Refused
+from graphopt.engines.child.worker import describe_gpu
 from graphopt.engines.coverage import Coverage
-from graphopt.engines.worker import describe_gpu
+from graphopt.engines.spawning import Refused
 from graphopt.errors import BadInput, GraphoptError, MissingDependency
 
 needs_rtx = pytest.mark.skipif(

@@ -15,12 +15,12 @@ import onnx_ir as ir
 import pytest
 
 import graphopt.engines.build as build_module
-import graphopt.engines.building as building
+import graphopt.engines.child.building as building
 from graphopt.cli.main import main
 from graphopt.engines import BuildOptions, build_engine, read_report
 from graphopt.engines.backends import BACKENDS
-from graphopt.engines.building import build
-from graphopt.engines.requests import Request
+from graphopt.engines.child.building import build
+from graphopt.engines.child.requests import Request
 from graphopt.errors import BadInput
 from tests.engines.fake_backend.library import make_library
 from tests.plugins.test_pivot_linear import N

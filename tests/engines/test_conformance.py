@@ -17,13 +17,13 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-import graphopt.engines.building as building
+import graphopt.engines.child.building as building
 from graphopt.engines.backends import BACKENDS
-from graphopt.engines.building import build
-from graphopt.engines.child import run_child
+from graphopt.engines.child.building import build
+from graphopt.engines.child.requests import BuildFailed, Request
 from graphopt.engines.inspector import parse_inspection
 from graphopt.engines.options import BuildOptions, check_options
-from graphopt.engines.requests import BuildFailed, Request
+from graphopt.engines.spawning import run_child
 from graphopt.errors import BadInput
 from tests.engines.fake_backend import read_api
 from tests.engines.fake_backend.facts import Breach, versions

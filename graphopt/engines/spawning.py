@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from graphopt.engines.child.requests import Request
 from graphopt.engines.phases import Phases
-from graphopt.engines.requests import Request
 from graphopt.errors import BadInput, GraphoptError
 
 _POLL_SECONDS = 0.1
@@ -66,7 +66,7 @@ def run_child(
     ):
         child = subprocess.Popen(
             # With -P, so that what lies in the current folder shadows nothing.
-            [sys.executable, "-P", "-m", "graphopt.engines.worker", str(request_path)],
+            [sys.executable, "-P", "-m", "graphopt.engines.child.worker", str(request_path)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

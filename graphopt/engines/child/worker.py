@@ -1,4 +1,4 @@
-"""The child process that builds one engine: ``python -P -m graphopt.engines.worker REQUEST.json``.
+"""The child process that builds one engine: ``python -P -m graphopt.engines.child.worker REQUEST.json``.
 
 The libraries can abort or segfault; nothing here may be needed by the parent afterwards but the files named
 in the request: the log (one line each, flushed), the progress, the answer (JSON), the engine.
@@ -21,8 +21,8 @@ _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, 
 
 def main(request_path: str) -> int:
     """Build what the request says; returns 0, or 1 where the answer holds an error."""
-    from graphopt.engines.building import build
-    from graphopt.engines.requests import BuildFailed, NotImported, Request, import_first
+    from graphopt.engines.child.building import build
+    from graphopt.engines.child.requests import BuildFailed, NotImported, Request, import_first
 
     request = Request.read(Path(request_path))
     answer: dict[str, Any]

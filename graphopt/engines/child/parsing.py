@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from graphopt.engines.requests import BuildFailed, Request
+from graphopt.engines.child.requests import BuildFailed, Request
 
 # On a machine without a GPU every message may be followed by the library's own failed look for one.
 NOISE = ("cudaError 35", "CUDA initialization failure", "catchCudaError")

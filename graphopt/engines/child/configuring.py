@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from graphopt.engines.child.requests import BuildFailed, Request
 from graphopt.engines.options import BuildOptions
-from graphopt.engines.requests import BuildFailed, Request
 
 
 def check_version(trt: Any, request: Request) -> str:

@@ -1,6 +1,6 @@
 """One build from beginning to end, with the library passed in: tensorrt 10.9 or newer, 11.x, tensorrt_rtx.
 
-Runs in the child; `graphopt.engines.worker` is its entry.
+Runs in the child; `graphopt.engines.child.worker` is its entry.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from graphopt.engines.configuring import TimingCache, add_options, add_profiles, check_version
+from graphopt.engines.child.configuring import TimingCache, add_options, add_profiles, check_version
+from graphopt.engines.child.parsing import NOISE, parse
+from graphopt.engines.child.requests import BuildFailed, Request
+from graphopt.engines.child.worker import describe_gpu, peak_rss_bytes, write_answer
 from graphopt.engines.options import BuildOptions
-from graphopt.engines.parsing import NOISE, parse
-from graphopt.engines.requests import BuildFailed, Request
-from graphopt.engines.worker import describe_gpu, peak_rss_bytes, write_answer
 from graphopt.errors import BadInput, GraphoptError
 
 SEVERITIES = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO")
