@@ -66,7 +66,7 @@ class Kernel:
 
     Attributes:
         name: The entry point, extern "C"; unique in its source.
-        source: The .cu file. It includes "kit.h" and nothing else.
+        source: The .cu file. It includes headers of the kit ("kit.h", "tile_product.h") and nothing else.
         parameters: Of the entry point, in its order: inputs, scalars, outputs.
         threads: Threads of a block (along x); a multiple of 32.
         launch: From the shapes of the inputs, in order, to the grid and the scalars.

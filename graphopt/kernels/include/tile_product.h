@@ -1,6 +1,6 @@
 // Tiles of x W^T on the tensor cores: x is (M, K) and W is (N, K), the elements of a row side by side in both.
 //
-// OperandsA tile of a matrix lies in shared memory as rows of Chunks chunks of 16 bytes. Chunks change places by exclusive or
+// A tile of a matrix lies in shared memory as rows of Chunks chunks of 16 bytes. Chunks change places by exclusive or
 // with the row (a swizzle), so that the eight rows that a load_matrix reads at once lie in different banks.
 #pragma once
 
@@ -11,7 +11,7 @@ DEVICE constexpr int swizzled(int row, int chunk) {
     return row * Chunks + (chunk ^ (row / (8 / Chunks) % Chunks));
 }
 
-// Whether any chunk of eight rows together lies in all of the eight places of a line.
+// Whether eight rows that a load_matrix reads have, for any chunk, all of the eight places of a line between them.
 template <int Chunks>
 DEVICE constexpr bool in_different_banks() {
     for (int row = 0; row < 64; row += 8)
