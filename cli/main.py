@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import click
 
@@ -92,8 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    """End as an interrupt does: what was begun is taken back, and child processes are ended."""
+    sys.exit(128 + number)
+
+
 def run() -> None:
     """Console-script entry point."""
+    signal.signal(signal.SIGTERM, _end)
     code = main()
     gc.freeze()  # the process ends: no need to look through every graph for what is dead
     sys.exit(code)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -138,3 +140,23 @@ def test_a_closed_pipe_is_no_crash() -> None:
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     assert len(done.stdout) == 10
+
+
+def test_a_request_to_end_takes_back_what_was_begun(tmp_path: Path) -> None:
+    """As a service manager or a job's time limit asks: SIGTERM."""
+    code = (
+        "import tempfile, time\n"
+        "import graphopt.cli.main as cli\n"
+        "def main():\n"
+        f"    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n"
+        "        print('begun', flush=True)\n"
+        "        time.sleep(60)\n"
+        "cli.main = main\n"
+        "cli.run()\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "begun\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    child.terminate()
+    assert child.wait(20) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
