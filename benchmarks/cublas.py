@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import GraphoptError, MissingDependency
-from graphopt.gpu.driver import Context, Stream
+from graphopt.gpu.context import Context
+from graphopt.gpu.streams import Stream
 
 _TYPES = {"float16": 2, "bfloat16": 14, "float32": 0}  # cudaDataType
 _COMPUTE_32F = 68

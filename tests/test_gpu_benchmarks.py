@@ -21,7 +21,8 @@ from benchmarks.gpu_pivot import Case, Contender, Row, find_libraries, interval,
 from graphopt.engines.measured import load_measurements
 from graphopt.errors import GraphoptError, MissingDependency
 from graphopt.gpu import arrays
-from graphopt.gpu.driver import Context, find_driver
+from graphopt.gpu.context import Context
+from graphopt.gpu.driver import find_driver
 from graphopt.kernels.compile import find_nvrtc
 from graphopt.kernels.emulate import find_compiler
 from graphopt.selftesting import EngineResult, SelftestReport

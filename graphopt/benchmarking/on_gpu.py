@@ -17,7 +17,9 @@ from graphopt.benchmarking.device import DeviceCall
 from graphopt.errors import BadInput, GraphoptError, MissingDependency, install_hint
 from graphopt.gpu import arrays
 from graphopt.gpu.arrays import DeviceArray
-from graphopt.gpu.driver import Context, Stream, find_driver
+from graphopt.gpu.context import Context
+from graphopt.gpu.driver import find_driver
+from graphopt.gpu.streams import Stream
 from graphopt.gpu.program import Program
 from graphopt.runtime.flavour import import_onnxruntime
 from graphopt.runtime.loading import TensorSpec

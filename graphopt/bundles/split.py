@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.bundles.plan import Block, Branch, Loop, Plan, Port, Run, Slice, Stack, State, Step
+from graphopt.editing import read_instead
 from graphopt.errors import BadInput
 from graphopt.shapes import infer_shapes, trusted_shape
 
@@ -400,15 +401,7 @@ def _copy(node: ir.Node, mirrored: Callable[[ir.Value], ir.Value], copies: dict[
 
 def _copy_body(body: ir.Graph, mirrored: Callable[[ir.Value], ir.Value]) -> ir.Graph:
     copy = body.clone(allow_outer_scope_values=True)
-    outer = {value: mirrored(value) for value in graphs.captured_values(copy)}
-    for inner in graphs.nested_graphs(copy):
-        for node in inner:
-            for index, value in enumerate(node.inputs):
-                if value in outer:
-                    node.replace_input_with(index, outer[value])
-        for index, value in enumerate(inner.outputs):
-            if value in outer:
-                inner.outputs[index] = outer[value]
+    read_instead(copy, {value: mirrored(value) for value in graphs.captured_values(copy)})
     return copy
 
 

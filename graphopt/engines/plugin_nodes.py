@@ -26,7 +26,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.engines.plugins import Array, Plugin, fresh
+from graphopt.editing import add_constant
+from graphopt.engines.plugins import Array, Plugin
 from graphopt.errors import BadInput, GraphoptError, MissingDependency, install_hint
 from graphopt.matching import import_domain
 from graphopt.weights import computed
@@ -182,14 +183,8 @@ def _as_bytes(value: ir.Value, graph: ir.Graph, names: set[str]) -> ir.Value:
     def compute() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(tensor.numpy()).view(np.int8).reshape(shape))
 
-    made = ir.Value(
-        name=fresh(key, names),
-        type=ir.TensorType(ir.DataType.INT8),
-        shape=ir.Shape(shape),
-        const_value=computed(compute, ir.DataType.INT8, shape),
-    )
+    made = add_constant(graph, computed(compute, ir.DataType.INT8, shape), key, names)
     made.meta[_BYTES_OF] = tensor
-    graph.register_initializer(made)
     return made
 
 

@@ -23,6 +23,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.editing import insert_named, remove, take_place
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.kernels.kernel import Kernel, Shape
 
@@ -413,38 +414,9 @@ def _put(node: ir.Node, meaning: Meaning, graph: ir.Graph, names: set[str]) -> N
     for old, new in zip(node.outputs, meaning.outputs, strict=True):
         if new is None and (old.uses() or old.is_graph_output()):
             raise BadInput(f"{old.name} is scratch memory of a plugin and is read", where=node.name)
-    base = node.name or node.op_type
-    kept = {new for new in meaning.outputs if new is not None}
-    for place, made in enumerate(meaning.nodes):
-        made.name = f"{base}/{made.op_type}_{place}"
-        for output in made.outputs:
-            if output not in kept:
-                output.name = fresh(f"{base}/{made.op_type}", names)
-    graph.insert_before(node, meaning.nodes)
+    insert_named(graph, node, meaning.nodes, node.name or node.op_type, names)
     for old, new in zip(node.outputs, meaning.outputs, strict=True):
-        if new is None:
-            continue
-        new.type, new.shape = old.type, old.shape
-        for use in tuple(old.uses()):
-            use.node.replace_input_with(use.idx, new)
-        for place, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[place] = new
-        new.name, old.name = old.name, fresh(f"{base}/old", names)
-    released = graphs.detach(node)
-    graph.remove(node)
-    for value in released:
-        if value.is_initializer() and not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-            owner = value.graph
-            if owner is not None and value.name is not None:
-                owner.initializers.pop(value.name, None)
-
-
-def fresh(base: str, names: set[str]) -> str:
-    """A name that is in use nowhere yet; it is from now on."""
-    name, count = base, 0
-    while name in names:
-        count += 1
-        name = f"{base}_{count}"
-    names.add(name)
-    return name
+        if new is not None:
+            new.type, new.shape = old.type, old.shape
+            take_place(old, new, graph)
+    remove(node)

@@ -13,7 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.errors import BadInput
-from graphopt.gpu.driver import LEGACY_STREAM, Context, Memory, Stream
+from graphopt.gpu.context import Context
+from graphopt.gpu.library import LEGACY_STREAM
+from graphopt.gpu.memory import Memory
+from graphopt.gpu.streams import Stream
 
 Array = npt.NDArray[Any]
 

@@ -15,6 +15,8 @@ from graphopt.gpu.errors import HINTS, NO_DEVICE, SUCCESS, CudaError, NoGpu
 _PTR = c_uint64
 _OUT_INT, _OUT_PTR, _OUT_HANDLE, _OUT_SIZE = POINTER(c_int), POINTER(_PTR), POINTER(c_void_p), POINTER(c_size_t)
 
+LEGACY_STREAM = 1
+"""The handle of the default stream."""
 HOST_FUNCTION = ctypes.CFUNCTYPE(None, c_void_p)
 
 # name -> the types of its arguments. The suffix _v2 is part of the exported name.

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from graphopt.gpu.arrays import DeviceArray
-from graphopt.gpu.driver import Context, Stream
+from graphopt.gpu.context import Context
+from graphopt.gpu.streams import Stream
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ import numpy.typing as npt
 from graphopt.errors import GraphoptError
 from graphopt.gpu import arrays
 from graphopt.gpu.arrays import DeviceArray
-from graphopt.gpu.driver import Context, Device, Stream
+from graphopt.gpu.context import Context
+from graphopt.gpu.driver import Device
+from graphopt.gpu.streams import Stream
 from graphopt.kernels.compile import Ptx, compile_ptx
 from graphopt.kernels.kernel import ARCHITECTURES, Kernel
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from graphopt.engines.plugins import Plugin, find_plugins, module_of
 from graphopt.errors import GraphoptError
-from graphopt.gpu.driver import Context
+from graphopt.gpu.context import Context
 from graphopt.kernels.compile import compile_ptx
 from graphopt.kernels.contract import check
 from graphopt.kernels.kernel import Kernel

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.editing import read_instead
 from graphopt.rewrite.application import Application, Checkpoint
 from graphopt.rewrite.contract import Kind
 from graphopt.verification.proofs import Proofs
@@ -381,14 +382,7 @@ class Shadow:
         self._map_graph(body, copy)
         mirrored = {value: self._mirror(value, graph, meant) for value in captured}
         self._outer[copy] = graph
-        for inner in graphs.nested_graphs(copy):
-            for node in inner:
-                for index, value in enumerate(node.inputs):
-                    if value in mirrored:
-                        node.replace_input_with(index, mirrored[value])
-            for index, value in enumerate(inner.outputs):
-                if value in mirrored:
-                    inner.outputs[index] = mirrored[value]
+        read_instead(copy, mirrored)
         return copy
 
     def _name(self) -> str:

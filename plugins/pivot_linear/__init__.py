@@ -1,7 +1,8 @@
 """PivotLinear: a matrix of low rank as some of its own rows (or columns), and what makes the others of them."""
 
+from graphopt.plugins.pivot_linear.collapse import collapse, expand
 from graphopt.plugins.pivot_linear.function import Signature, attach, function, pivot_linear, standard_nodes
-from graphopt.plugins.pivot_linear.match import PivotSite, collapse, expand, pivot_at
+from graphopt.plugins.pivot_linear.match import PivotSite, pivot_at
 from graphopt.plugins.pivot_linear.nodes import Side, column_nodes, row_nodes
 from graphopt.plugins.pivot_linear.reference import column_form, row_form
 

@@ -1,8 +1,8 @@
-"""PivotLinear recognised in a graph of standard operators, as ``nodes`` writes it, and as one node instead of them."""
+"""PivotLinear recognised in a graph of standard operators, as ``nodes`` writes it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,22 +11,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.matching import float_attribute, import_domain, int_attribute, made_by, rank_of
+from graphopt.matching import float_attribute, int_attribute, made_by, rank_of
 from graphopt.plugins.pivot_linear.function import (
-    DOMAIN,
-    OLDEST_OPSET,
-    OP,
     Form,
-    Signature,
-    attach,
-    convolution_of,
-    is_pivot_linear,
-    pivot_linear,
-    standard_nodes,
 )
-from graphopt.shapes import inherit_trust, trusted_shape
+from graphopt.shapes import trusted_shape
 from graphopt.sites import Linear, Spelling, Weight, is_channel_vector, linear_at, weight_of
-from graphopt.weights import computed
 
 Array = npt.NDArray[Any]
 
@@ -343,179 +333,3 @@ def _vector(product: Linear, opset: int) -> Array:
     weight = weight_of(product.bias)
     found = np.zeros(1) if weight is None else weight.read(opset).reshape(-1).astype(np.float64)
     return np.broadcast_to(found, (product.outputs,))
-
-
-# -- as one node -------------------------------------------------------------------------------------------------------
-
-
-def collapse(model: ir.Model, *, wanted: Callable[[PivotSite], bool] | None = None) -> int:
-    """Write every pivot form of a model as one PivotLinear node, and attach the bodies.
-
-    Those in functions stay, as do tables, quantised weights, and products whose constants stand on either side: the
-    operator has no name for them. Models older than opset 13 stay as they are.
-
-    Args:
-        model: Changed in place.
-        wanted: Whether a form is to become a node; all of them where it is not given.
-
-    Returns:
-        How many there are.
-    """
-    opset = graphs.opset(model)
-    if opset < OLDEST_OPSET:
-        return 0
-    names = graphs.value_names(model)
-    taken: set[ir.Node] = set()
-    count = 0
-    for graph in list(graphs.nested_graphs(model.graph)):
-        constants: dict[object, ir.Value] = {}
-        for node in reversed(list(graph)):
-            if node in taken or node.graph is not graph:
-                continue
-            site = pivot_at(node)
-            if isinstance(site, str) or not _has_a_name(site) or (wanted is not None and not wanted(site)):
-                continue
-            taken.update(site.nodes)
-            _write(site, graph, opset, constants, names)
-            import_domain(model, graph, DOMAIN)
-            count += 1
-    attach(model)
-    return count
-
-
-def expand(model: ir.Model) -> int:
-    """Write every PivotLinear node as the standard operators that it stands for; their bodies go.
-
-    Returns:
-        How many there were.
-
-    Raises:
-        BadInput: A node's signature does not follow from it.
-    """
-    names = graphs.value_names(model)
-    count = 0
-    for graph in list(graphs.all_graphs(model)):
-        for node in [node for node in graph if is_pivot_linear(node)]:
-            lengths = graphs.static_shape(node.inputs[2])
-            sizes = None if lengths is None else lengths[:2]
-            nodes = standard_nodes(Signature.of(node, graphs.opset(model)), node.inputs, sizes=sizes)
-            _put(node.outputs[0], nodes, graph, node, names)
-            graphs.detach(node)
-            graph.remove(node)
-            count += 1
-    attach(model)
-    if not any(node.domain == DOMAIN for node in graphs.all_nodes(model)):
-        model.graph.opset_imports.pop(DOMAIN, None)
-    return count
-
-
-def _has_a_name(site: PivotSite) -> bool:
-    if Spelling.GATHER in (site.first.spelling, site.second.spelling):
-        return False
-    return not (site.first.weight.quantised or site.second.weight.quantised)
-
-
-def _write(site: PivotSite, graph: ir.Graph, opset: int, constants: dict[object, ir.Value], names: set[str]) -> None:
-    kept, coefficients = (_operand(linear, graph, opset, constants, names) for linear in (site.kept, site.coefficients))
-    bias = order = None
-    if site.biased:
-        total = site.bias(opset)
-        assert total is not None
-        bias = _constant(graph, ir.tensor(total.astype(site.kept.weight.dtype.numpy())), "bias", names)
-    if site.order is not None:
-        order = _constant(graph, ir.tensor(site.order), "order", names)
-    signature = Signature(
-        opset,
-        site.form,
-        site.axis,
-        len(site.kept.kernel),
-        bias is not None,
-        order is not None,
-        convolution_of(site.kept.node.attributes) if site.kept.kernel and not site.kept.plain else (),
-    )
-    node = pivot_linear(signature, site.x, kept, coefficients, bias, order, like=site.y)
-    _put(site.y, [node], graph, site.nodes[-1], names)
-    _sweep(list(site.nodes))
-
-
-def _put(old: ir.Value, nodes: Sequence[ir.Node], graph: ir.Graph, before: ir.Node, names: set[str]) -> None:
-    """New nodes, whose last one makes what a value was."""
-    new = nodes[-1].outputs[0]
-    base = old.name or OP
-    new.type, new.shape = old.type, old.shape
-    inherit_trust(new, old)
-    for place, node in enumerate(nodes):
-        node.name = f"{base}/{node.op_type}_{place}"
-        for output in node.outputs:
-            if output is not new:
-                output.name = _fresh(f"{base}/{node.op_type}", names)
-    graph.insert_before(before, nodes)
-    for use in tuple(old.uses()):
-        use.node.replace_input_with(use.idx, new)
-    for place, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[place] = new
-    new.name, old.name = old.name, _fresh(f"{base}/old", names)
-
-
-def _operand(
-    linear: Linear, graph: ir.Graph, opset: int, constants: dict[object, ir.Value], names: set[str]
-) -> ir.Value:
-    """The matrix of a product as (outputs, inputs[, *kernel]): a constant that is there, or one of its own."""
-    weight = linear.weight
-    flipped = linear.spelling in (Spelling.CONV, Spelling.LEFT) or bool(int_attribute(linear.node, "transB", 0))
-    if float_attribute(linear.node, "alpha", 1.0) == 1.0:
-        if flipped:
-            return weight.value
-        last = weight.through[-1] if weight.through else None
-        if last is not None and last.op_type == "Transpose" and last.inputs[0] is not None:
-            return last.inputs[0]
-    key = (weight.root, linear.reading)
-    if key not in constants:
-        shape = (linear.outputs, linear.inputs, *linear.kernel)
-
-        def compute() -> ir.TensorProtocol:
-            return ir.tensor(np.ascontiguousarray(linear.matrix(opset)))
-
-        base = weight.root.name or "weight"
-        constants[key] = _constant(graph, computed(compute, weight.dtype, shape), base, names)
-    return constants[key]
-
-
-def _constant(graph: ir.Graph, tensor: ir.TensorProtocol, base: str, names: set[str]) -> ir.Value:
-    value = ir.Value(
-        name=_fresh(base, names),
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape.numpy()),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def _fresh(base: str, names: set[str]) -> str:
-    name, count = base, 0
-    while name in names:
-        count += 1
-        name = f"{base}_{count}"
-    names.add(name)
-    return name
-
-
-def _sweep(waiting: list[ir.Node]) -> None:
-    """Remove those nodes that nobody reads, and the constants and nodes that only they read."""
-    while waiting:
-        node = waiting.pop()
-        graph = node.graph
-        if graph is None or graphs.is_used(node):
-            continue
-        released = graphs.detach(node)
-        graph.remove(node)
-        for value in released:
-            maker = value.producer()
-            if maker is not None:
-                waiting.append(maker)
-            elif value.is_initializer() and not value.uses() and not value.is_graph_output():
-                owner = value.graph
-                if owner is not None and value.name is not None and not value.is_graph_input():
-                    owner.initializers.pop(value.name)

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.editing import add_constant, fresh, remove, take_place
 from graphopt.engines.measured import Measurements, load_measurements
 from graphopt.engines.plugin_nodes import dtype_name, write_node
 from graphopt.engines.plugins import (
@@ -29,10 +30,10 @@ from graphopt.engines.plugins import (
     Refused,
     Types,
     Written,
-    fresh,
 )
 from graphopt.errors import BadInput
 from graphopt.kernels.kernel import Kernel, Shape
+from graphopt.plugins.pivot_linear.collapse import collapse, expand
 from graphopt.plugins.pivot_linear.function import (
     DOMAIN,
     OLDEST_OPSET,
@@ -44,7 +45,7 @@ from graphopt.plugins.pivot_linear.function import (
     standard_nodes,
 )
 from graphopt.plugins.pivot_linear.kernels import DTYPES, FORMS, kernels_for, positions_of
-from graphopt.plugins.pivot_linear.match import PivotSite, collapse, expand, pivot_at
+from graphopt.plugins.pivot_linear.match import PivotSite, pivot_at
 from graphopt.shapes import infer_shapes
 from graphopt.sites import Spelling
 
@@ -188,9 +189,9 @@ def _write(model: ir.Model, node: ir.Node, reason: str, names: set[str]) -> Writ
     graph = model.graph
     if bias is None:
         zeros = ir.tensor(np.zeros(outputs, kept.dtype.numpy()), dtype=kept.dtype)
-        bias = _constant(graph, zeros, f"{base}/bias", names)
+        bias = add_constant(graph, zeros, f"{base}/bias", names)
     positions = positions_of(graphs.constant_array(order), signature.form, channels)
-    placed = _constant(graph, ir.tensor(positions), f"{base}/positions", names)
+    placed = add_constant(graph, ir.tensor(positions), f"{base}/positions", names)
     leading = list(x.shape)[:-1] if x.shape is not None else []
     y = ir.Value(name=fresh(f"{base}/plugin", names), type=old.type, shape=old.shape)
     inner = ir.Value(name=fresh(f"{base}/inner", names), type=old.type, shape=ir.Shape([*leading, rank]))
@@ -198,31 +199,11 @@ def _write(model: ir.Model, node: ir.Node, reason: str, names: set[str]) -> Writ
     inputs = [x, kept, coefficients, bias, placed]
     made = write_node(model, graph, PLUGIN, inputs, form, [y, inner], name=f"{base}/{OP}", names=names)
     graph.insert_before(node, made)
-    for use in tuple(old.uses()):
-        use.node.replace_input_with(use.idx, y)
-    for place, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[place] = y
-    y.name, old.name = old.name, y.name
-    released = graphs.detach(node)
-    graph.remove(node)
-    for value in released:
-        if value.is_initializer() and not value.uses() and value.name is not None and not value.is_graph_input():
-            graph.initializers.pop(value.name, None)
+    take_place(old, y, graph)
+    remove(node)
     dtype = dtype_name(kept.dtype)
     attributes = {"form": np.array([form["form"]], np.int64)}
     return Written(OP, made.name or "", PLUGIN.types_of([dtype] * 4 + ["int32"]), attributes, reason)
-
-
-def _constant(graph: ir.Graph, tensor: ir.TensorProtocol, base: str, names: set[str]) -> ir.Value:
-    value = ir.Value(
-        name=fresh(base, names),
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape.numpy()),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
 
 
 # -- and out again -----------------------------------------------------------------------------------------------------

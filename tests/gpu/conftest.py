@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from graphopt.gpu.driver import Context, find_driver
+from graphopt.gpu.context import Context
+from graphopt.gpu.driver import find_driver
 
 
 @pytest.fixture

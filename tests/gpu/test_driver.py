@@ -7,7 +7,7 @@ import pytest
 
 from graphopt.errors import GraphoptError
 from graphopt.gpu import arrays
-from graphopt.gpu.driver import Context
+from graphopt.gpu.context import Context
 from graphopt.gpu.errors import CudaError
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graphopt.gpu.driver import Context
+from graphopt.gpu.context import Context
 from graphopt.kernels.compile import ARCHITECTURES, compile_ptx
 from graphopt.kernels.emulate import emulate, find_compiler
 from graphopt.kernels.launch import LoadedKernel, architecture_of

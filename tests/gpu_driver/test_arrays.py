@@ -13,7 +13,8 @@ import pytest
 from graphopt.errors import BadInput
 from graphopt.gpu import arrays
 from graphopt.gpu.arrays import DeviceArray, allocate, is_on_gpu, take, upload
-from graphopt.gpu.driver import Context, find_driver
+from graphopt.gpu.context import Context
+from graphopt.gpu.driver import find_driver
 from tests.gpu_driver.standin import StandIn
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from graphopt.errors import BadInput, GraphoptError
-from graphopt.gpu.driver import Context, Driver, find_driver
+from graphopt.gpu.context import Context
+from graphopt.gpu.driver import Driver, find_driver
 from graphopt.gpu.errors import CudaError, NoGpu, explain_refused_ptx, isa_of_driver, needed_driver
 from graphopt.gpu.library import open_library
 from tests.gpu_driver.standin import StandIn

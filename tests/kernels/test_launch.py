@@ -12,7 +12,8 @@ import pytest
 
 from graphopt.errors import GraphoptError
 from graphopt.gpu import arrays
-from graphopt.gpu.driver import Context, find_driver
+from graphopt.gpu.context import Context
+from graphopt.gpu.driver import find_driver
 from graphopt.kernels import gemm
 from graphopt.kernels.compile import find_nvrtc
 from graphopt.kernels.launch import LoadedKernel, architecture_of

@@ -1,24 +1,9 @@
 // The kit on the CPU: the names of kit.h, for a kernel compiled as host C++. Every thread of a block is a fiber; what a
 // kernel reads and writes goes through classes that know the memory behind them, so that an access outside of it, an
 // access that races with another thread's, and a value that nothing wrote are errors with a line, not a wrong number.
-// The machinery behind this header is emulator_core.h. This one includes nothing, so that a kernel compiles fast.
+// kit.h includes this header behind its types; the machinery is emulator_core.h. No header of the system is included, so
+// that a kernel compiles fast.
 #pragma once
-
-typedef signed char int8;
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct half {
-    u16 bits;
-};
-struct bfloat16 {
-    u16 bits;
-};
-struct alignas(16) u32x4 {
-    u32 word[4];
-};
 
 // The line of the source that calls: a default argument is evaluated where the call stands.
 #define KIT_LINE emulated::Line::here()
@@ -117,6 +102,12 @@ struct Unconst<const Type> {
     using Result = Type;
     static constexpr bool constant = true;
 };
+template <class One, class Other>
+struct Same {};
+template <class One>
+struct Same<One, One> {
+    using Yes = One;
+};
 template <class Memory, class Type>
 struct Pointer;
 
@@ -177,33 +168,10 @@ struct Pointer {
     using Accessed = Access<Memory, Type>;
     static constexpr i64 size = sizeof(Type);
 
-    operator Pointer<Memory, const Type>() const { return {memory, offset}; }
-    typename Accessed::Result operator[](Index index) const {
-        return Accessed::at(memory, offset + index.value * size, index.line);
+    template <class Other, class = typename Same<Other, const Type>::Yes>
+    operator Pointer<Memory, Other>() const {
+        return {memory, offset};
     }
-    typename Accessed::Result operator*() const { return Accessed::at(memory, offset, Line{nullptr, 0}); }
-    Pointer operator+(i64 count) const { return {memory, offset + count * size}; }
-    Pointer operator-(i64 count) const { return {memory, offset - count * size}; }
-    Pointer& operator+=(i64 count) { return *this = *this + count; }
-    Pointer& operator-=(i64 count) { return *this = *this - count; }
-    Pointer& operator++() { return *this += 1; }
-    Pointer& operator--() { return *this -= 1; }
-    i64 operator-(Pointer other) const { return (offset - other.offset) / size; }
-    bool operator==(Pointer other) const { return memory == other.memory && offset == other.offset; }
-    bool operator!=(Pointer other) const { return !(*this == other); }
-    bool operator<(Pointer other) const { return offset < other.offset; }
-    bool operator<=(Pointer other) const { return offset <= other.offset; }
-    bool operator>(Pointer other) const { return offset > other.offset; }
-    bool operator>=(Pointer other) const { return offset >= other.offset; }
-};
-// A pointer to const has no conversion to itself.
-template <class Memory, class Type>
-struct Pointer<Memory, const Type> {
-    const Memory* memory;
-    i64 offset;
-    using Accessed = Access<Memory, const Type>;
-    static constexpr i64 size = sizeof(Type);
-
     typename Accessed::Result operator[](Index index) const {
         return Accessed::at(memory, offset + index.value * size, index.line);
     }

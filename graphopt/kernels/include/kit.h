@@ -9,10 +9,6 @@
 // Kernels are compiled with macros like T and WARPS set: the kit uses no short names in capitals.
 #pragma once
 
-#ifdef GRAPHOPT_EMULATED
-#include "emulator.h"
-#else
-
 typedef signed char int8;
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -30,6 +26,10 @@ struct bfloat16 {
 struct alignas(16) u32x4 {
     u32 word[4];
 };
+
+#ifdef GRAPHOPT_EMULATED
+#include "emulator.h"
+#else
 
 // ---- the shape of a kernel: KERNEL(128) void name(GLOBAL(const half) x, int rows, GLOBAL(half) y) { ... }
 #define KERNEL(most_threads) extern "C" __global__ __launch_bounds__(most_threads)
