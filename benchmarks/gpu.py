@@ -1,9 +1,9 @@
 """`make gpu`: all that needs a GPU, in one go; says so where there is none.
 
 The tests marked ``gpu``; the self-test (every kernel through the driver, engines of every library that is installed,
-TensorRT-RTX's among them); the kernels under compute-sanitizer, where that is on the PATH; PivotLinear against cuBLAS
-(`benchmarks.gpu_pivot`). What comes out goes to results/gpu.json and results/gpu_pivot.json with the machine and the
-date, losses and failures too.
+TensorRT-RTX's among them); the kernels under compute-sanitizer, where that is on the PATH; PivotLinear against cuBLAS,
+cuBLASLt and torch (`benchmarks.gpu_pivot`). What comes out goes to results/gpu.json and results/gpu_pivot.json with the
+machine and the date, losses and failures too.
 
 Exit code: 0; 1 where something is wrong; 2 where there is no GPU, since nothing was run and nothing was shown.
 """
@@ -47,7 +47,7 @@ def main() -> int:
     failed = tests != 0 or not report.ok or any(said not in ("clean", NOT_THERE) for said in sanitized.values())
     try:
         rows = gpu_pivot.run()
-        failed |= any(one.worst is not None and one.worst > 1 for row in rows for one in row.contenders)
+        failed |= any(one.wrong for row in rows for one in row.contenders)
     except GraphoptError as error:
         print(f"timing stopped: {error}")
         failed = True

@@ -1,13 +1,15 @@
-"""PivotLinear on a GPU against what it stands in for: two products by cuBLAS, and one dense product.
+"""PivotLinear on a GPU against what it stands in for: two products by cuBLAS or torch, and one dense product.
 
     python -m benchmarks.gpu_pivot [--quick]
 
-Needs a GPU with its driver and NVRTC; cuBLAS from NVIDIA's wheels (torch brings them). Writes results/gpu_pivot.json
-and plugins/pivot_linear/measured.json, which `graphopt build --plugins measured` decides by.
+Needs a GPU with its driver and NVRTC; cuBLAS from NVIDIA's wheels (torch brings them), cuBLASLt and torch: what is not
+there is left out, and said to be. Writes results/gpu_pivot.json and plugins/pivot_linear/measured.json, which
+`graphopt build --plugins measured` decides by, from the fastest of the libraries.
 
 The weights come from the GPU's memory, as they do when a network is decoded: each contender goes through copies of
 them that are larger together than the L2 cache. Each is one CUDA graph; contenders take turns in changing order, and
-times are the GPU's own. The two products write side by side, so that no Concat is timed, and no permutation.
+times are the GPU's own. The two products write side by side, so that no Concat is timed, and no permutation. Their
+results are compared too: a time of something else than these products says nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import datetime
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +29,14 @@ import numpy as np
 
 from benchmarks.common import ROOT, print_table, write_result
 from benchmarks.cublas import Cublas, CublasLt, Product
+from benchmarks.torch_products import Torch
 from graphopt.benchmarking import Ratio, ratio_interval
 from graphopt.errors import GraphoptError
 from graphopt.gpu import arrays
 from graphopt.gpu.arrays import DeviceArray
 from graphopt.gpu.driver import Context, Graph, Stream, find_driver
 from graphopt.kernels.launch import LoadedKernel
-from graphopt.kernels.sample import Sample
+from graphopt.kernels.sample import Sample, off_of_sum
 from graphopt.plugins.pivot_linear.function import Form
 from graphopt.plugins.pivot_linear.kernels import kernels_for
 from graphopt.plugins.pivot_linear.samples import sample
@@ -47,7 +51,7 @@ _COMPARED_ROWS = 16
 
 
 class Library(Protocol):
-    """What multiplies: `Cublas` or `CublasLt`."""
+    """What multiplies: `Cublas`, `CublasLt` or `Torch`."""
 
     title: str
 
@@ -88,6 +92,11 @@ class Contender:
     worst: float | None = None
     microseconds: list[float] = field(default_factory=list)
 
+    @property
+    def wrong(self) -> bool:
+        """Whether its result is further off than rounding allows."""
+        return self.worst is not None and self.worst > 1
+
     def close(self) -> None:
         """Free what it works with; the times stay."""
         self.graph.close()
@@ -103,13 +112,18 @@ class Row:
     contenders: list[Contender]
 
     def best(self, prefix: str) -> Contender | None:
-        """The fastest of those whose names begin so."""
+        """The fastest of those whose names begin so; a wrong one only where there is no other."""
         found = [one for one in self.contenders if one.name.startswith(prefix)]
+        found = [one for one in found if not one.wrong] or found
         return min(found, key=lambda one: float(np.median(one.microseconds)), default=None)
 
     def ratio(self, prefix: str) -> Ratio | None:
         """The time of the fastest of those over that of our fastest tactic."""
-        ours, other = self.best("tactic"), self.best(prefix)
+        return self.ratio_to(self.best(prefix))
+
+    def ratio_to(self, other: Contender | None) -> Ratio | None:
+        """The time of another over that of our fastest tactic."""
+        ours = self.best("tactic")
         return None if ours is None or other is None else ratio_interval(other.microseconds, ours.microseconds)
 
     def to_json(self) -> dict[str, Any]:
@@ -176,12 +190,15 @@ def measure(
         loaded = LoadedKernel(context, kernel)
         calls = [loaded.prepare(stream, (x, *pair, bias, positions), (y, inner)) for pair in pairs]
         graph = _captured(stream, calls)
-        worst = _off(drawn, y, inner, stream, graph)
+        worst = _off(drawn, (y, inner), stream, graph)
         contenders.append(Contender(f"tactic {tactic}", graph, (loaded, calls), worst))
+    products = _products_of(case, drawn)
+    dense = [_dense_weight(context, stream, case) for _ in range(number if libraries else 0)]
     for library in libraries:
         calls = _two_products(library, case, x, pairs, y, inner)
-        contenders.append(Contender(f"two products, {library.title}", _captured(stream, calls), (calls, pairs)))
-        dense = [_dense_weight(context, stream, case) for _ in range(number)]
+        graph = _captured(stream, calls)
+        worst = _off(products, (y,), stream, graph)
+        contenders.append(Contender(f"two products, {library.title}", graph, (calls, pairs), worst))
         calls = [
             library.prepare(_product(case, case.width, case.width, x.pointer, weight.pointer, y.pointer))
             for weight in dense
@@ -214,13 +231,32 @@ def _captured(stream: Stream, calls: Sequence[Callable[[], None]]) -> Graph:
     return captured.graph
 
 
-def _off(drawn: Sample, y: DeviceArray, inner: DeviceArray, stream: Stream, graph: Graph) -> float:
+def _off(drawn: Sample, outputs: Sequence[DeviceArray], stream: Stream, graph: Graph) -> float:
     """The worst of all rows; they repeat those of the sample."""
+    for array in outputs:  # what stood there before may be right
+        array.context.library.call("cuMemsetD8Async", array.pointer, 0xFF, array.nbytes, stream.handle)
     graph.launch(stream)
     stream.synchronize()
     rows = len(drawn.inputs[0])
-    got = [array.numpy() for array in (y, inner)]
+    got = [array.numpy() for array in outputs]
     return max(drawn.worst([array[first : first + rows] for array in got]) for first in range(0, len(got[0]), rows))
+
+
+def _products_of(case: Case, drawn: Sample) -> Sample:
+    """What `_two_products` gives for a sample's inputs, and how far that may be off."""
+    x, kept, coefficients = (array.astype(np.float64) for array in drawn.inputs[:3])
+    if case.form == "row":
+        first, second = kept, coefficients
+    else:
+        x, first, second = x[:, case.rank :], coefficients, kept
+    inner = x @ first.T
+    inner_off = off_of_sum(np.abs(x) @ np.abs(first).T, x.shape[1], case.dtype)
+    largest = np.abs(inner) + inner_off
+    y_off = off_of_sum(largest @ np.abs(second).T, case.rank, case.dtype, inner_off @ np.abs(second).T)
+    y = inner @ second.T
+    if case.form == "row":
+        y, y_off = np.concatenate([inner, y], axis=1), np.concatenate([inner_off, y_off], axis=1)
+    return Sample(f"products of {drawn.label}", drawn.inputs, (case.dtype,), (y,), (y_off,))
 
 
 def _product(
@@ -285,14 +321,14 @@ def cases(*, quick: bool) -> list[Case]:
 
 
 def find_libraries(context: Context, stream: Stream) -> list[Library]:
-    """cuBLAS and cuBLASLt; where one is missing, says so."""
+    """cuBLAS, cuBLASLt and torch; where one is missing or does not run, says so."""
     found: list[Library] = []
-    kinds: tuple[Callable[[Context, Stream], Library], ...] = (Cublas, CublasLt)
+    kinds: tuple[Callable[[Context, Stream], Library], ...] = (Cublas, CublasLt, Torch)
     for kind in kinds:
         try:
             found.append(kind(context, stream))
         except GraphoptError as error:
-            print(f"left out: {error}")
+            print("\n".join(textwrap.wrap(f"left out: {error}", 100, subsequent_indent="  ")))
     return found
 
 
@@ -320,6 +356,7 @@ def show(rows: Sequence[Row]) -> None:
         table,
         "PivotLinear, r = d/2, weights from the GPU's memory; off: of what rounding allows",
     )
+    _show_libraries(rows)
     for row in rows:
         ratio = row.ratio("two products")
         if ratio is not None and row.case.rows in (1, 16) and row.case.dtype == "float16" and row.case.form == "row":
@@ -327,6 +364,33 @@ def show(rows: Sequence[Row]) -> None:
             print(
                 f"d {row.case.width}, {row.case.rows} rows: 20 % faster than two products: {verdict} ({_told(ratio)})"
             )
+
+
+def _show_libraries(rows: Sequence[Row]) -> None:
+    """Each library for itself."""
+    table = []
+    for row in rows:
+        named = {one.name: one for one in row.contenders}
+        for name in named:
+            kind, _, title = name.partition(", ")
+            if kind != "two products":
+                continue
+            pair, dense, case = named[name], named.get(f"dense, {title}"), row.case
+            table.append(
+                (
+                    f"{case.form}, {case.dtype}",
+                    f"{case.width}",
+                    f"{case.rows}",
+                    title,
+                    *("" if one is None else f"{np.median(one.microseconds):.1f}" for one in (pair, dense)),
+                    _told(row.ratio_to(pair)),
+                    _told(row.ratio_to(dense)),
+                    _off_told(pair),
+                )
+            )
+    if table:
+        right = ("d", "rows", "against", "two us", "dense us", "two/plugin", "dense/plugin", "off")
+        print_table(["form", *((name, "right") for name in right)], table, "The same, each library for itself")
 
 
 def _told(ratio: Ratio | None) -> str:
@@ -342,7 +406,7 @@ def measurements(rows: Sequence[Row], gpu: str, versions: str) -> list[dict[str,
     found = []
     for row in rows:
         ours, other = row.best("tactic"), row.best("two products")
-        if ours is None or other is None or ours.worst is None or ours.worst > 1:
+        if ours is None or other is None or ours.worst is None or ours.wrong or other.wrong:
             continue
         found.append(
             {
@@ -404,7 +468,7 @@ def run(*, quick: bool = False, write: bool = True) -> list[Row]:
                 "l2_mb": round(context.device.l2_bytes / 1e6, 1),
                 "driver_cuda": cuda,
             },
-            "against": [library.title for library in libraries] or "nothing: cuBLAS is not installed",
+            "against": [library.title for library in libraries] or "nothing: neither cuBLAS nor torch runs here",
             "rows": [row.to_json() for row in rows],
         }
         write_result("gpu_pivot", result)
@@ -423,8 +487,7 @@ def main() -> int:
     except GraphoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    wrong = [one for row in rows for one in row.contenders if one.worst is not None and one.worst > 1]
-    return 1 if wrong else 0
+    return 1 if any(one.wrong for row in rows for one in row.contenders) else 0
 
 
 if __name__ == "__main__":

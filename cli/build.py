@@ -47,6 +47,7 @@ _MOST_ROWS = 30
     show_default=True,
     help="Run operators on graphopt's own kernels: measured (where that is faster on this GPU), always or never.",
 )
+@click.option("--no-verify", is_flag=True, help="Do not compare a model that gets plugin nodes with what it was.")
 @click.option("--optimization-level", metavar="N", type=int, help="0 (built fast) to 5 (searched long); usually 3.")
 @click.option("--workspace", metavar="SIZE", help="The most scratch memory a layer may take, such as 2GiB.")
 @click.option("--sparsity", is_flag=True, help="Use sparse kernels where weights have two zeros in every four.")
@@ -77,6 +78,7 @@ def command(
     calibration: Path | None,
     buckets: bool,
     plugins: str,
+    no_verify: bool,
     workspace: str | None,
     compute_capability: str | None,
     as_json: bool,
@@ -121,6 +123,7 @@ def command(
                 buckets=buckets,
                 options=options,
                 plugins=plugins,
+                verify=not no_verify,
                 on_log=show if verbose else None,
                 on_progress=follow,
             )
@@ -202,6 +205,7 @@ def _tell_plugins(plugins: dict[str, Any], *, verbose: bool) -> list[str]:
         listed = ", ".join(f"{number} {name}" for name, number in count.items())
         isa = sorted({str(kernel["isa"]) for kernel in plugins.get("kernels", [])})
         lines.append(f"On plugins: {listed} ({plugins['architecture']}, PTX {', '.join(isa)}).")
+        lines.append(_tell_verified(plugins.get("verification", {})))
     if refused and verbose:
         lines += [f"Not on a plugin: {one['plugin']} {one['node']}: {one['reason']}" for one in refused]
     elif refused:
@@ -210,6 +214,17 @@ def _tell_plugins(plugins: dict[str, Any], *, verbose: bool) -> list[str]:
         rest = "" if number == len(refused) else f" ({number} of them; --verbose tells all)"
         lines.append(f"Not on a plugin: {_count(len(refused), 'node')}: {reason}{rest}.")
     return lines
+
+
+def _tell_verified(found: dict[str, Any]) -> str:
+    """Whether the plugin nodes mean what was there before; the kernels are another matter."""
+    verdict = found.get("verdict", "skipped")
+    if verdict == "passed":
+        inputs = "made-up inputs" if found["feeds"] == "synthesised" else "inputs of yours"
+        return f"The plugin nodes mean what was there: the same on {found['cases']} {inputs}, by ONNX Runtime."
+    if verdict == "skipped":
+        return "Not verified that the plugin nodes mean what was there (--no-verify)."
+    return f"Not verified that the plugin nodes mean what was there: {found['reason']}."
 
 
 def _count(number: int, what: str) -> str:

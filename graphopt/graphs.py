@@ -158,6 +158,14 @@ def is_used(node: ir.Node) -> bool:
     return any(output.uses() or output.is_graph_output() for output in node.outputs)
 
 
+def read_by(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, its bodies included: its inputs first, and values as often as they are read by it."""
+    reads = [value for value in node.inputs if value is not None]
+    for body in subgraphs(node):
+        reads.extend(captured_values(body))
+    return reads
+
+
 def detach(node: ir.Node) -> list[ir.Value]:
     """Make a node, and every node in its bodies, stop using their inputs.
 
@@ -263,10 +271,7 @@ def find_cycle(graph: ir.Graph) -> list[ir.Node]:
     """Nodes of ``graph`` that depend on each other in a circle (bodies count as part of their node), or []."""
     before: dict[ir.Node, list[ir.Node]] = {}
     for node in graph:
-        reads = [value for value in node.inputs if value is not None]
-        for body in subgraphs(node):
-            reads.extend(captured_values(body))
-        producers = (value.producer() for value in reads)
+        producers = (value.producer() for value in read_by(node))
         before[node] = [maker for maker in producers if maker is not None and maker.graph is graph]
     after: dict[ir.Node, list[ir.Node]] = {node: [] for node in before}
     waiting = {node: len(makers) for node, makers in before.items()}

@@ -6,8 +6,9 @@ the same events time all of them.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from graphopt.gpu import arrays
 from graphopt.gpu.arrays import DeviceArray
 from graphopt.gpu.context import Context
 from graphopt.gpu.driver import find_driver
-from graphopt.gpu.streams import Stream
 from graphopt.gpu.program import Program
+from graphopt.gpu.streams import Stream
 from graphopt.runtime.flavour import import_onnxruntime
 from graphopt.runtime.loading import TensorSpec
 from graphopt.runtime.session import check_feeds, numpy_dtype, reason
@@ -137,6 +138,51 @@ def _spec(item: Any) -> TensorSpec:
     return TensorSpec(item.name, numpy_dtype(item.type), None if item.shape is None else tuple(item.shape))
 
 
+def find_torch() -> Any:
+    """The module torch, which can use a GPU here.
+
+    Raises:
+        MissingDependency: It is not installed, was built without CUDA, or its CUDA does not start.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise MissingDependency("torch is not installed", hint="install a torch built for CUDA")
+    import torch
+
+    if torch.version.cuda is None:
+        raise MissingDependency(f"torch {torch.__version__} has no CUDA", hint="install a torch built for CUDA")
+    if not torch.cuda.is_available():
+        what = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, which does not start here"
+        raise MissingDependency(what, hint="is the driver new enough for it?")
+    return torch
+
+
+class TorchStream:
+    """torch at work in a stream of ours, on memory of ours.
+
+    Attributes:
+        torch: The module.
+        version: Its version.
+    """
+
+    def __init__(self, context: Context, stream: Stream) -> None:
+        """Raises MissingDependency as `find_torch`."""
+        self.torch = find_torch()
+        self.version = str(self.torch.__version__)
+        self._context, self._stream = context, stream
+
+    def tensor(self, array: DeviceArray) -> Any:
+        """The array as a tensor, without a copy."""
+        return self.torch.from_dlpack(array)
+
+    def current(self) -> AbstractContextManager[Any]:
+        """What torch does within goes into the stream, and nothing is kept for gradients."""
+        stack = ExitStack()
+        stack.enter_context(self.torch.inference_mode())
+        stream = self.torch.cuda.ExternalStream(self._stream.handle, device=self._context.device.index)
+        stack.enter_context(self.torch.cuda.stream(stream))
+        return stack
+
+
 class TorchRunner(_OnGpu):
     """A torch module on the GPU, as it is: eager, without gradients.
 
@@ -154,21 +200,18 @@ class TorchRunner(_OnGpu):
 
         Raises:
             BadInput: The factory cannot be used.
-            MissingDependency: torch is not installed, or was built without CUDA.
+            MissingDependency: torch is not installed, was built without CUDA, or its CUDA does not start.
             NoGpu: There is no GPU.
         """
         from graphopt.exporting.factory import call_factory, load_factory, require_torch
 
         require_torch()
-        import torch
-
-        if not torch.cuda.is_available():
-            raise MissingDependency(f"torch {torch.__version__} has no CUDA", hint="install a torch built for CUDA")
+        find_torch()
         super().__init__(device)
         example = call_factory(load_factory(spec), spec)
         self.path = Path(spec)
-        self.library = f"torch {torch.__version__}, CUDA"
-        self._torch: Any = torch
+        self._torch = TorchStream(self.context, self.stream)
+        self.library = f"torch {self._torch.version}, CUDA"
         self._module: Any = example.module.to(f"cuda:{device}")
         self.parameter_bytes = sum(
             tensor.numel() * tensor.element_size() for tensor in (*self._module.parameters(), *self._module.buffers())
@@ -191,8 +234,8 @@ class TorchRunner(_OnGpu):
         if missing:
             raise BadInput("no value was given", where=f"input '{missing[0]}'")
         inputs = {name: arrays.upload(self.context, np.asarray(feeds[name])) for name in names}
-        tensors = {name: self._tensor(array) for name, array in inputs.items()}
-        with self._in_stream():
+        tensors = {name: self._torch.tensor(array) for name, array in inputs.items()}
+        with self._torch.current():
             first = _flat(self._module(**tensors))
         self.stream.synchronize()
         labels = self.names if self.names is not None else [f"output_{index}" for index in range(len(first))]
@@ -202,26 +245,14 @@ class TorchRunner(_OnGpu):
             name: arrays.allocate(self.context, tuple(tensor.shape), _numpy_name(tensor.dtype))
             for name, tensor in zip(labels, first, strict=True)
         }
-        targets = [self._tensor(array) for array in outputs.values()]
+        targets = [self._torch.tensor(array) for array in outputs.values()]
 
         def enqueue() -> None:
-            with self._in_stream():
+            with self._torch.current():
                 for target, made in zip(targets, _flat(self._module(**tensors)), strict=True):
                     target.copy_(made)
 
         return Program(self.context, self.stream, inputs, outputs, enqueue, held=(self, tensors, targets))
-
-    def _tensor(self, array: DeviceArray) -> Any:
-        return self._torch.from_dlpack(array)
-
-    def _in_stream(self) -> AbstractContextManager[Any]:
-        from contextlib import ExitStack
-
-        stack = ExitStack()
-        stack.enter_context(self._torch.inference_mode())
-        stream = self._torch.cuda.ExternalStream(self.stream.handle, device=self.context.device.index)
-        stack.enter_context(self._torch.cuda.stream(stream))
-        return stack
 
 
 def _flat(value: Any) -> list[Any]:

@@ -296,7 +296,7 @@ def _segments(nodes: Sequence[ir.Node], turns: Sequence[ir.Node], graph: ir.Grap
     turn_of = {node: index for index, node in enumerate(turns)}
     for node in nodes:
         place = 0
-        for value in _all_reads(node):
+        for value in graphs.read_by(node):
             maker = value.producer()
             if maker is not None and maker in place_of:
                 place = max(place, place_of[maker])
@@ -314,20 +314,13 @@ def _wanted(segments: Sequence[Sequence[ir.Node]], turns: Sequence[ir.Node], gra
     wanted: list[dict[ir.Value, None]] = [{} for _ in segments]
     for index, segment in enumerate(segments):
         for node in segment:
-            for value in _all_reads(node):
+            for value in graphs.read_by(node):
                 if value in home and home[value] != index:
                     wanted[home[value]][value] = None
-    for value in (*(value for node in turns for value in _all_reads(node)), *graph.outputs):
+    for value in (*(value for node in turns for value in graphs.read_by(node)), *graph.outputs):
         if value in home:
             wanted[home[value]][value] = None
     return [list(values) for values in wanted]
-
-
-def _all_reads(node: ir.Node) -> Iterable[ir.Value]:
-    """What a node and its bodies take from the graph that it is in and from those around."""
-    yield from (value for value in node.inputs if value is not None)
-    for body in graphs.subgraphs(node):
-        yield from graphs.captured_values(body)
 
 
 def _is_asked(value: ir.Value) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from graphopt.errors import BadInput, MissingDependency, install_hint
 
@@ -54,3 +56,21 @@ def find_backend(name: str) -> Backend:
     if not any(importlib.util.find_spec(module) for module in backend.modules):
         raise MissingDependency(f"{backend.title} is not installed", hint=install_hint(backend.extra))
     return backend
+
+
+class NotImported(Exception):
+    """The library does not load; the text is the reason."""
+
+
+def import_first(modules: Sequence[str]) -> Any:
+    """The first of ``modules`` that imports. Raises NotImported with the last reason."""
+    reason = "not installed"
+    for name in modules:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                reason = str(error)
+        except Exception as error:  # a library that does not load raises OSError, RuntimeError, ...
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise NotImported(reason)

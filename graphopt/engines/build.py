@@ -66,6 +66,7 @@ class _Prepared:
     buckets: tuple[dict[str, int], ...]
     coverage: Coverage
     lowered: Lowered
+    verification: dict[str, Any]
     model: dict[str, Any]
     kernels: list[dict[str, Any]] = field(default_factory=list)
     architecture: str = ""
@@ -82,6 +83,7 @@ def build_engine(
     buckets: bool = False,
     options: BuildOptions | None = None,
     plugins: str = "measured",
+    verify: bool = True,
     on_log: OnLog | None = None,
     on_progress: OnProgress | None = None,
 ) -> BuildResult:
@@ -99,6 +101,7 @@ def build_engine(
         buckets: Build for single sizes (1, 2, 4, 8, 16, the best and the largest) instead of a range.
         options: How to build.
         plugins: ``measured`` (where a measurement on this GPU says that they are faster), ``always`` or ``never``.
+        verify: Whether a model that gets plugin nodes is compared, on ONNX Runtime, with what it was.
         on_log: Called with each line of the library's log while it builds.
         on_progress: Called with the phase that is going on and how much is done, 0 to 1.
 
@@ -106,6 +109,7 @@ def build_engine(
         BadInput: The model, ``out``, the shapes or the options cannot be used, or nodes of the model do not run in
             such an engine (`NotCovered`).
         MissingDependency: The library is not installed.
+        GateFailed: With its plugin nodes the model does not compute the same.
         GraphoptError: The library refuses the model, or crashed; nothing was written.
     """
     library = find_backend(backend)
@@ -120,7 +124,7 @@ def build_engine(
     try:
         with _reserved(partial, target), tempfile.TemporaryDirectory(prefix="graphopt-build-") as scratch:
             folder = Path(scratch)
-            prepared = _prepare(source, library, folder, tuple(shapes), calibration, buckets, options, plugins)
+            prepared = _prepare(source, library, folder, tuple(shapes), calibration, buckets, options, plugins, verify)
             for name in prepared.model["data_files"]:
                 _spare(target, {"a data file of the model": source.parent / name})
             request = Request(
@@ -224,6 +228,7 @@ def _prepare(
     buckets: bool,
     options: BuildOptions,
     plugins: str,
+    verify: bool,
 ) -> _Prepared:
     """Everything that can be found out and refused before the library is loaded.
 
@@ -243,7 +248,7 @@ def _prepare(
     changed = inline_all(model)  # the parser miscompiles legal uses of functions
     coverage = predict(model, library.name)
     deciding = coverage.shape_inputs
-    seen = Seen()
+    seen, data = Seen(), None
     if calibration is not None:
         data = read_calibration(Path(calibration), inputs)
         # In a single file all samples are of one shape: only where values count are they looked at one by one.
@@ -274,8 +279,16 @@ def _prepare(
     kernels, architecture, notes = _prepare_plugins(lowered, options, sizes, bool(assignments))
     if not coverage.ok:  # as documented, and not seen: the library has the last word
         notes = (f"this may be refused: {coverage.error()}", *notes)
+    file = write_for_parser(model, folder) if changed or lowered.written else source.absolute()
+    verification: dict[str, Any] = {}
+    if lowered.written and verify:
+        from graphopt.engines.verifying import verify_lowered
+
+        verification = verify_lowered(source, model, data)
+    elif lowered.written:
+        verification = {"verdict": "skipped"}
     return _Prepared(
-        file=write_for_parser(model, folder) if changed or lowered.written else source.absolute(),
+        file=file,
         runtime_operators=operators,
         profiles=profiles,
         all_profiles=[fix_profiles(inputs, profiles, chosen) for chosen in assignments] or [profiles],
@@ -283,6 +296,7 @@ def _prepare(
         buckets=assignments,
         coverage=coverage,
         lowered=lowered,
+        verification=verification,
         model=described,
         kernels=kernels,
         architecture=architecture,
@@ -352,7 +366,12 @@ def _result(
 ) -> BuildResult:
     plugins = {}
     if prepared.lowered.written or prepared.lowered.refused:
-        plugins = {**prepared.lowered.to_json(), "architecture": prepared.architecture, "kernels": prepared.kernels}
+        plugins = {
+            **prepared.lowered.to_json(),
+            "verification": prepared.verification,
+            "architecture": prepared.architecture,
+            "kernels": prepared.kernels,
+        }
     return BuildResult(
         path=target,
         backend=library.name,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import mmap
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graphopt.engines.backends import BACKENDS, Backend, find_backend
+from graphopt.engines.backends import BACKENDS, Backend, NotImported, find_backend, import_first
 from graphopt.engines.report import BuildResult, check_fits, read_report, report_path
 from graphopt.errors import BadInput, GraphoptError, MissingDependency, install_hint
 from graphopt.gpu.driver import Device
@@ -173,16 +172,11 @@ def _backend_of(path: Path, wanted: str | None) -> str:
 
 def import_library(backend: Backend) -> Any:
     """A library's module, the first of its names that imports. Raises MissingDependency with the reason."""
-    reason = "not installed"
-    for name in backend.modules:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                reason = str(error)
-        except Exception as error:  # a library that does not load raises OSError, RuntimeError, ...
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise MissingDependency(f"cannot load {backend.title}: {reason}", hint=install_hint(backend.extra))
+    try:
+        return import_first(backend.modules)
+    except NotImported as error:
+        what = f"cannot load {backend.title}: {error}"
+        raise MissingDependency(what, hint=install_hint(backend.extra)) from None
 
 
 def _make_logger(trt: Any) -> Any:

@@ -30,6 +30,7 @@ from graphopt.editing import add_constant
 from graphopt.engines.plugins import Array, Plugin
 from graphopt.errors import BadInput, GraphoptError, MissingDependency, install_hint
 from graphopt.matching import import_domain
+from graphopt.targets.target import type_name
 from graphopt.weights import computed
 
 if TYPE_CHECKING:
@@ -201,10 +202,5 @@ def check_types(plugin: Plugin, inputs: Sequence[ir.Value]) -> tuple[str, ...]:
     for value in inputs:
         if value.dtype is None:
             raise GraphoptError(f"the type of {value.name} is not known", where=f"plugin {plugin.name}")
-        kinds.append("int8" if _is_packed(value) else dtype_name(value.dtype))
+        kinds.append("int8" if _is_packed(value) else type_name(value.dtype))
     return plugin.types_of(kinds)
-
-
-def dtype_name(dtype: ir.DataType) -> str:
-    """numpy's name of an element type; bfloat16 for that."""
-    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())

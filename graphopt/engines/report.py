@@ -60,8 +60,8 @@ class BuildResult:
         gpu: The GPU of the machine that built it, or None.
         compute_capability: That GPU's, such as ``8.9``, or None.
         coverage: What was predicted before the build (`graphopt.engines.coverage`).
-        plugins: What of the model runs on plugins, their kernels and the PTX ISA versions of those; empty where
-            there are none.
+        plugins: What of the model runs on plugins, whether it was compared with what it was, the kernels and the PTX
+            ISA versions of those; empty where there are none.
         inspection: The engine's own layers, or why they are not known.
         notes: What the user should know.
         status: What was done with the engine, said honestly.

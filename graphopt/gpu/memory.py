@@ -86,6 +86,7 @@ class Pinned(Resource):
 
 
 def address_of(memory: Memory | int, size: int) -> int:
+    """Where memory lies; another library's is known by its address. ValueError if ours is smaller than ``size``."""
     if isinstance(memory, int):
         return memory
     if memory.size < size:

@@ -80,7 +80,7 @@ class Segment:
         bounds = {*graph.inputs, *kept}
         outputs = list(dict.fromkeys(value for value in (*wanted, *keep) if value not in bounds))
         reads: set[ir.Value] = {value for value in wanted if value in bounds}
-        reads.update(value for node in ancestors(outputs, bounds) for value in read_by(node) if value in bounds)
+        reads.update(value for node in ancestors(outputs, bounds) for value in graphs.read_by(node) if value in bounds)
         self._kept = {value.name or "": kept[value] for value in kept if value in reads}
         self._names = [value.name or "" for value in outputs]
         self._session: Any = None
@@ -222,21 +222,13 @@ def ancestors(values: Iterable[ir.Value], bounds: set[ir.Value]) -> list[ir.Node
         node = pending.pop().producer()
         if node is not None and node not in found:
             found[node] = None
-            pending.extend(value for value in read_by(node) if value not in bounds)
+            pending.extend(value for value in graphs.read_by(node) if value not in bounds)
     return list(found)
-
-
-def read_by(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, its bodies included."""
-    reads = [value for value in node.inputs if value is not None]
-    for body in graphs.subgraphs(node):
-        reads.extend(graphs.captured_values(body))
-    return reads
 
 
 def _state(node: ir.Node) -> tuple[object, ...]:
     """What a node's result depends on, besides the values of its inputs."""
-    reads = read_by(node)
+    reads = graphs.read_by(node)
     return *reads, *(value.const_value for value in reads), *node.attributes.values()
 
 

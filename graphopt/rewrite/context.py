@@ -477,9 +477,7 @@ def _may_become_output(old: ir.Value, new: ir.Value) -> bool:
 
 def _read_values(nodes: Sequence[ir.Node]) -> list[ir.Value]:
     """What nodes read, their bodies too."""
-    found = [value for node in nodes for value in node.inputs if value is not None]
-    found.extend(v for n in nodes for body in graphs.subgraphs(n) for v in graphs.captured_values(body))
-    return found
+    return [value for node in nodes for value in graphs.read_by(node)]
 
 
 def _constant_bytes(nodes: Sequence[ir.Node]) -> int:

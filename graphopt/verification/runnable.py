@@ -202,10 +202,7 @@ def _cut_opaque(model: ir.Model, done: Preparation) -> None:
                 use.node.replace_input_with(use.idx, source)
         _detach(graph, node)
     for node in list(graph):
-        reads = [v for v in node.inputs if v is not None]
-        for body in graphs.subgraphs(node):
-            reads.extend(graphs.captured_values(body))
-        if any(value in lost for value in reads) or any(value in lost for value in node.outputs):
+        if any(value in lost for value in graphs.read_by(node)) or any(value in lost for value in node.outputs):
             lost.update(node.outputs)
             if node not in unknown:
                 done.dropped.append(node.name or node.op_type)

@@ -159,8 +159,7 @@ class Shadow:
         if not nodes and self._are_proved(outputs):
             self.proved[application.key] = None
             return
-        captured = [[v for body in graphs.subgraphs(n) for v in graphs.captured_values(body)] for n in nodes]
-        reads = {v for n in nodes for v in n.inputs if v is not None}.union(*captured)
+        reads = {value for node in nodes for value in graphs.read_by(node)}
         old_values = [*outputs, *reads.difference(v for n in nodes for v in n.outputs), *outputs.values()]
         if any(v not in self._values and v.const_value is None for v in old_values if v.producer() not in nodes):
             self.unknown[application.key] = None
@@ -171,9 +170,9 @@ class Shadow:
         beside = self._values[first].producer()
         if beside is not None and beside.graph is not graph:
             beside = None
-        for node, outer in zip(nodes, captured, strict=True):
-            for value in (*node.inputs, *outer):
-                if value is not None and value not in made and value.const_value is None:
+        for node in nodes:
+            for value in graphs.read_by(node):
+                if value not in made and value.const_value is None:
                     boundary[self._mirror(value, graph, meant)] = None
             copy = self._copy(node, graph, meant)
             # Next to what it replaces: its inputs are at hand there, and the runtime sorts slowly where nodes wait.

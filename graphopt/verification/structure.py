@@ -80,19 +80,12 @@ def sort_if_needed(model: ir.Model) -> None:
 def _ordered(graph: ir.Graph) -> bool:
     seen: set[ir.Node] = set()
     for node in graph:
-        for value in _reads(node):
+        for value in graphs.read_by(node):
             producer = value.producer()
             if producer is not None and producer not in seen and producer.graph is graph:
                 return False
         seen.add(node)
     return True
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    values = [value for value in node.inputs if value is not None]
-    for body in graphs.subgraphs(node):
-        values.extend(graphs.captured_values(body))
-    return values
 
 
 def _check_graph(

@@ -320,9 +320,7 @@ def _reached_by_inputs(model: ir.Model) -> set[ir.Value]:
     """Every value of the main graph that some input can change, by the graph alone."""
     reached: set[ir.Value] = set(model.graph.inputs)
     for node in model.graph:
-        reads = [value for value in node.inputs if value is not None]
-        for body in graphs.subgraphs(node):
-            reads.extend(graphs.captured_values(body))
+        reads = graphs.read_by(node)
         if node.op_type in ("Shape", "Size") and reads and graphs.static_shape(reads[0]) is not None:
             continue
         if node.op_type == "ConstantOfShape":

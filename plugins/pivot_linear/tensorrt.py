@@ -20,7 +20,7 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.editing import add_constant, fresh, remove, take_place
 from graphopt.engines.measured import Measurements, load_measurements
-from graphopt.engines.plugin_nodes import dtype_name, write_node
+from graphopt.engines.plugin_nodes import write_node
 from graphopt.engines.plugins import (
     Attributes,
     Choice,
@@ -48,6 +48,7 @@ from graphopt.plugins.pivot_linear.kernels import DTYPES, FORMS, kernels_for, po
 from graphopt.plugins.pivot_linear.match import PivotSite, pivot_at
 from graphopt.shapes import infer_shapes
 from graphopt.sites import Spelling
+from graphopt.targets.target import type_name
 
 MEASURED = Path(__file__).with_name("measured.json")
 INPUTS = ("x", "kept", "coefficients", "bias", "positions")
@@ -131,7 +132,7 @@ def _sites(model: ir.Model) -> Iterator[PivotSite]:
 
 def _cannot(model: ir.Model, site: PivotSite) -> str | None:
     """Why the kernels do not run a form; None where they do."""
-    dtype = dtype_name(site.kept.weight.dtype)
+    dtype = type_name(site.kept.weight.dtype)
     if graphs.opset(model) < OLDEST_OPSET:
         return f"the model is of opset {graphs.opset(model)}; {OLDEST_OPSET} or newer is needed"
     if site.nodes[-1].graph is not model.graph:
@@ -163,7 +164,7 @@ def _unwanted(site: PivotSite, choice: Choice, measurements: Measurements) -> st
     return measurements.why_not(
         gpu=choice.gpu,
         variant=site.form,
-        dtype=dtype_name(site.kept.weight.dtype),
+        dtype=type_name(site.kept.weight.dtype),
         rows=rows,
         sizes={"inputs": site.inputs, "outputs": site.outputs, "rank": site.rank},
     )
@@ -201,7 +202,7 @@ def _write(model: ir.Model, node: ir.Node, reason: str, names: set[str]) -> Writ
     graph.insert_before(node, made)
     take_place(old, y, graph)
     remove(node)
-    dtype = dtype_name(kept.dtype)
+    dtype = type_name(kept.dtype)
     attributes = {"form": np.array([form["form"]], np.int64)}
     return Written(OP, made.name or "", PLUGIN.types_of([dtype] * 4 + ["int32"]), attributes, reason)
 

@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import pytest
 
-from graphopt.benchmarking import bench, measure
-from graphopt.benchmarking.measure import _difference, file_bytes
+from graphopt.benchmarking import bench, entries, measure, timing
+from graphopt.benchmarking.comparing import difference as difference_of
+from graphopt.benchmarking.entries import file_bytes
 from graphopt.benchmarking.memory import peak_bytes
 from graphopt.cli.output import to_plain
 from graphopt.errors import BadInput, GraphoptError
@@ -43,16 +44,17 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    load = measure._load
+    load = entries._load
 
     def loaded(path: Path, threads: int) -> object:
         runner = load(path, threads)
         runner.cost = path.stem.rpartition("-")[2]  # type: ignore[attr-defined]
         return runner
 
-    monkeypatch.setattr(measure, "time", clock)
-    monkeypatch.setattr(measure, "_load", loaded)
-    monkeypatch.setattr(measure, "_bound", clock.bound)
+    for module in (measure, timing):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(entries, "_load", loaded)
+    monkeypatch.setattr(measure, "bound", clock.bound)
     monkeypatch.setattr(measure, "peak_bytes", lambda path, feeds, threads: 100)
     return clock
 
@@ -86,7 +88,7 @@ def test_the_order_changes_from_round_to_round(tmp_path: Path, clock: Clock, mon
         name = str(runner.cost)  # type: ignore[attr-defined]
         return lambda: (taken.append(name), call())
 
-    monkeypatch.setattr(measure, "_bound", noting)
+    monkeypatch.setattr(measure, "bound", noting)
     bench([saved(tmp_path / f"model-{cost}.onnx", ADD) for cost in ("20", "30")], seconds=5)
     runs = [name for name, following in zip(taken, [*taken[1:], ""], strict=True) if name != following]
     pairs = {tuple(runs[at : at + 2]) for at in range(len(runs) - 1)}
@@ -192,4 +194,4 @@ def test_the_size_counts_external_data(tmp_path: Path) -> None:
     ],
 )
 def test_differences(one: object, other: object, difference: float) -> None:
-    assert _difference(one, other) == difference
+    assert difference_of(one, other) == difference

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import pytest
 
-from graphopt.benchmarking import bench, measure, on_gpu
+from graphopt.benchmarking import bench, on_gpu, timing
 from graphopt.benchmarking.device import DeviceCall
 from graphopt.benchmarking.on_gpu import OnnxCudaRunner, _flat, _numpy_name
 from graphopt.cli.main import main
@@ -31,6 +31,7 @@ from graphopt.gpu.driver import find_driver
 from tests.engines import fake_runtime
 from tests.engines.test_running import DOUBLE
 from tests.gpu_driver.standin import StandIn, standing_in
+from tests.gpu_driver.torch_cuda import TorchOnTheStandIn
 
 ADD = '<ir_version: 9, opset_import: ["" : 18]> g (float[n, 4] x) => (float[n, 4] y) { y = Add(x, x) }'
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -40,7 +41,7 @@ _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(loading, "find_backend", lambda name: BACKENDS[name])
     monkeypatch.setattr(loading, "import_library", lambda backend: fake_runtime.module(rtx=backend.name != "tensorrt"))
-    monkeypatch.setattr(measure, "_WARM_UP_SECONDS", 0.005)
+    monkeypatch.setattr(timing, "_WARM_UP_SECONDS", 0.005)
     with standing_in(tmp_path, monkeypatch) as made:
         yield made
         gc.collect()
@@ -197,30 +198,6 @@ def test_without_a_gpu(engine: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main(["bench", str(engine)]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: no GPU") and captured.err.count("\n") == 1
-
-
-class TorchOnTheStandIn:
-    """What `TorchRunner` uses of torch's CUDA, on the CPU."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import contextlib
-
-        import torch
-
-        self._kept: list[Any] = []
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
-        monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: handle)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(on_gpu.TorchRunner, "_tensor", self._tensor)
-
-    @staticmethod
-    def _tensor(runner: Any, array: Any) -> Any:
-        import torch
-
-        raw = (ctypes.c_ubyte * array.nbytes).from_address(array.pointer)
-        runner.stream.synchronize()
-        return torch.frombuffer(raw, dtype=getattr(torch, array.dtype.name)).reshape(array.shape)
 
 
 FACTORY = """

@@ -7,23 +7,28 @@ GPU (`test_qdp`, `test_plugin_nodes`).
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
 import graphopt.engines.build as build_module
 import graphopt.engines.child.building as building
+import graphopt.engines.plugins as plugins_module
+import graphopt.plugins.pivot_linear.tensorrt as lowering
 from graphopt.cli.main import main
 from graphopt.engines import BuildOptions, build_engine, read_report
 from graphopt.engines.backends import BACKENDS
 from graphopt.engines.child.building import build
 from graphopt.engines.child.requests import Request
-from graphopt.errors import BadInput
+from graphopt.errors import BadInput, GateFailed, MissingDependency
 from tests.engines.fake_backend.library import make_library
-from tests.plugins.test_pivot_linear import N
+from tests.plugins.test_pivot_linear import M, N, R
 from tests.plugins.test_pivot_linear_tensorrt import case_of
 
 pytest.importorskip("onnx_graphsurgeon")
@@ -97,6 +102,93 @@ def test_not_without_a_measurement(plugins: str, model: Path, tmp_path: Path, mo
     assert len(result.plugins.get("refused", [])) == (plugins == "measured")
 
 
+@pytest.mark.parametrize(
+    ("gpu", "times", "wanted"),
+    [
+        ("a GPU", (1.0, 2.0), "measured faster on a GPU"),
+        ("a GPU", (3.0, 2.0), "at 1 rows it takes 3 µs, the products 2 µs"),
+        ("another", (1.0, 2.0), "the plugin has not been measured on a GPU"),
+    ],
+)
+def test_a_measurement_decides(
+    gpu: str, times: tuple[float, float], wanted: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the file of measurements, through the name that the driver gives, to the node that the parser reads."""
+    plugin, other = ({"low": time, "median": time, "high": time} for time in times)
+    place = {"variant": "row", "dtype": "float32", "sizes": {"inputs": N, "outputs": M, "rank": R}}
+    one = {"gpu": gpu, "date": "2026-11-21", "library": "none", **place, "tactic": 1, "plugin": plugin, "other": other}
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"format": 1, "measurements": [{**one, "rows": rows} for rows in (1, 8)]}))
+    monkeypatch.setattr(lowering, "MEASURED", file)
+    monkeypatch.setattr(build_module, "describe_gpu", lambda: ("a GPU", (8, 9)))
+    child = Child(monkeypatch)
+    result = build_engine(model, tmp_path / "e", backend="tensorrt", shapes=["batch=1/1/8"])
+    taken = wanted.startswith("measured")
+    assert len(plugin_nodes(child.parsed[0])) == len(child.registered) == taken
+    (told,) = result.plugins["written" if taken else "refused"]
+    assert told["reason"] == wanted
+
+
+def test_what_is_written_is_compared_with_what_was_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Child(monkeypatch)
+
+    def build_it(**more: Any) -> dict[str, Any]:
+        result = build_engine(
+            model, tmp_path / "e", backend="tensorrt", shapes=["batch=1/1/8"], plugins="always", **more
+        )
+        verification: dict[str, Any] = result.plugins["verification"]
+        return verification
+
+    found = build_it()
+    assert found["verdict"] == "passed" and found["cases"] > 0 and found["feeds"] == "synthesised"
+    np.savez(tmp_path / "mine.npz", x=np.ones((2, N), np.float32))
+    assert build_it(calibration=tmp_path / "mine.npz")["feeds"] == "calibration"
+    assert build_it(verify=False) == {"verdict": "skipped"}
+
+    def absent(*_: Any, **__: Any) -> None:
+        raise MissingDependency("onnxruntime is not installed")
+
+    monkeypatch.setattr("graphopt.checking.reference_of", absent)
+    assert build_it() == {"verdict": "not run", "reason": "onnxruntime is not installed"}
+
+
+def _swap_pivots(node: ir.Node) -> None:
+    positions = node.inputs[4]
+    assert positions is not None and positions.const_value is not None
+    positions.const_value = ir.tensor(np.roll(positions.const_value.numpy(), 1), name=positions.name)
+
+
+def _other_form(node: ir.Node) -> None:
+    node.attributes["form"] = ir.AttrInt64("form", 1)
+
+
+def _scaled_bias(node: ir.Node) -> None:
+    bias = node.inputs[3]
+    assert bias is not None and bias.const_value is not None
+    bias.const_value = ir.tensor(bias.const_value.numpy() * np.float32(1.001), name=bias.name)
+
+
+@pytest.mark.parametrize("fault", [_swap_pivots, _scaled_bias, _other_form])
+def test_a_wrong_node_is_found_before_the_build(
+    fault: Callable[[ir.Node], None], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = Child(monkeypatch)
+    right = plugins_module.lower
+
+    def wrong(model: ir.Model, *given: Any) -> plugins_module.Lowered:
+        done = right(model, *given)
+        fault(next(node for node in model.graph if node.op_type == "PivotLinear"))
+        return done
+
+    monkeypatch.setattr(plugins_module, "lower", wrong)
+    with pytest.raises(GateFailed, match="with plugin nodes it does not compute the same") as caught:
+        build_engine(model, tmp_path / "e", backend="tensorrt", shapes=["batch=1/1/8"], plugins="always")
+    assert caught.value.hint is not None and "--plugins never" in caught.value.hint
+    assert child.requests == [] and not (tmp_path / "e").exists()
+
+
 def test_rtx_runs_none_and_says_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = Child(monkeypatch, "tensorrt-rtx 1.7")
     result = build_engine(model, tmp_path / "e", backend="tensorrt-rtx", shapes=["batch=1/1/8"], plugins="always")
@@ -134,9 +226,12 @@ def test_what_the_command_prints(
     assert main([*arguments, "always", "--verbose"]) == 0
     printed = capsys.readouterr().out
     assert "On plugins: 1 PivotLinear (compute_80, PTX 8.7)." in printed
+    assert "The plugin nodes mean what was there: the same on 3 made-up inputs, by ONNX Runtime." in printed
     assert "PluginV3" in next(line for line in printed.splitlines() if "plugin fake_tactic" in line)
     assert "layer in the engine, 1 plugin among them; e.json lists" in printed.replace("layers", "layer")
     assert "note: " in printed and "4849" in printed
     assert printed.splitlines()[-1] == "built, not run"
+    assert main([*arguments, "always", "--no-verify"]) == 0
+    assert "Not verified that the plugin nodes mean what was there (--no-verify)." in capsys.readouterr().out
     assert main([*arguments, "measured"]) == 0
     assert "Not on a plugin: 1 node: " in capsys.readouterr().out

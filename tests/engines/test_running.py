@@ -164,7 +164,7 @@ def test_inputs_are_held_until_they_have_been_read(driver: StandIn, tmp_path: Pa
         theirs.synchronize()  # it would be freed now, before our stream has read it
         np.testing.assert_array_equal(result.numpy(), 2 * rows(2))
         runner.run({"x": rows(1)})
-        assert len(runner._in_use) == 0
+        assert len(runner._sessions.in_use) == 0
 
 
 def test_a_steady_loop_replays_two_graphs(driver: StandIn, tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_weights_that_the_library_does_not_take(driver: StandIn, tmp_path: Path)
 def test_weights_are_streamed_where_the_engine_was_built_for_it(driver: StandIn, tmp_path: Path) -> None:
     path = reported(tmp_path, plan={"streams": True}, options={"weight_streaming": True})
     with EngineRunner(path, trt=fake_runtime.module()) as runner:
-        assert runner._engine.weight_streaming_budget_v2 == 600
+        assert runner._open.engine.weight_streaming_budget_v2 == 600
 
 
 def fake_backend() -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt.benchmarking import measure
+from graphopt.benchmarking import timing
 from graphopt.cli.main import main
 from graphopt.engines import loading
 from graphopt.engines.backends import BACKENDS
@@ -206,7 +206,7 @@ class Library:
         monkeypatch.setattr(engines, "build_engine", self.build)
         monkeypatch.setattr(engines, "find_plugins", lambda: {"PivotLinear": with_types(*types)})
         monkeypatch.setattr(run, "_SECONDS", 0.02)
-        monkeypatch.setattr(measure, "_WARM_UP_SECONDS", 0.005)
+        monkeypatch.setattr(timing, "_WARM_UP_SECONDS", 0.005)
         monkeypatch.setattr(loading, "find_backend", lambda name: BACKENDS[name])
         monkeypatch.setattr(
             loading, "import_library", lambda backend: fake_runtime.module(rtx=backend.name != "tensorrt")

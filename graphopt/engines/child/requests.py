@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,21 +74,3 @@ class Request:
     @classmethod
     def read(cls, path: Path) -> Request:
         return cls(**json.loads(path.read_text()))
-
-
-class NotImported(Exception):
-    """The library does not load; the text is the reason."""
-
-
-def import_first(modules: list[str]) -> Any:
-    """The first of ``modules`` that imports. Raises NotImported with the last reason."""
-    reason = "not installed"
-    for name in modules:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name != name:
-                reason = str(error)
-        except Exception as error:  # a library that does not load raises OSError, RuntimeError, ...
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise NotImported(reason)

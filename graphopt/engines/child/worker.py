@@ -21,8 +21,9 @@ _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, 
 
 def main(request_path: str) -> int:
     """Build what the request says; returns 0, or 1 where the answer holds an error."""
+    from graphopt.engines.backends import NotImported, import_first
     from graphopt.engines.child.building import build
-    from graphopt.engines.child.requests import BuildFailed, NotImported, Request, import_first
+    from graphopt.engines.child.requests import BuildFailed, Request
 
     request = Request.read(Path(request_path))
     answer: dict[str, Any]

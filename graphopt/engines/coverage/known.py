@@ -174,9 +174,4 @@ def constant(value: ir.Value) -> ir.TensorProtocol | None:
 
 def _sources(value: ir.Value) -> Sequence[ir.Value]:
     node = value.producer()
-    if node is None:
-        return ()
-    inputs: list[ir.Value] = [source for source in node.inputs if source is not None]
-    for body in graphs.subgraphs(node):
-        inputs.extend(graphs.captured_values(body))
-    return inputs
+    return () if node is None else graphs.read_by(node)

@@ -54,7 +54,7 @@ def _needed(graph: ir.Graph, wanted: Sequence[ir.Value]) -> list[ir.Node]:
         node = pending.pop()
         if node not in needed:
             needed.add(node)
-            pending.extend(p for value in _reads(node) if (p := value.producer()) is not None)
+            pending.extend(p for value in graphs.read_by(node) if (p := value.producer()) is not None)
     return [node for node in graph if node in needed]
 
 
@@ -83,9 +83,7 @@ def evaluate_between(model: ir.Model, known: Mapping[ir.Value, Array], wanted: i
         if node not in seen:
             seen.add(node)
             region.append(node)
-            pending.extend(v for v in node.inputs if v is not None)
-            for body in graphs.subgraphs(node):
-                pending.extend(graphs.captured_values(body))
+            pending.extend(graphs.read_by(node))
     environment: Environment = {value: widen(array) for value, array in known.items()}
     run_nodes(_in_order(region), environment, model, keep=[wanted])
     return np.asarray(_read(wanted, environment))
@@ -99,7 +97,7 @@ def _in_order(region: Sequence[ir.Node]) -> list[ir.Node]:
         stack = [start]
         while stack:
             node = stack[-1]
-            producers = [value.producer() for value in _reads(node)]
+            producers = [value.producer() for value in graphs.read_by(node)]
             waiting = [p for p in producers if p is not None and p in members and p not in order]
             if waiting and node not in order:
                 stack.extend(waiting)
@@ -120,7 +118,7 @@ def widen(value: Any) -> Any:
 
 def run_nodes(nodes: Sequence[ir.Node], environment: Environment, model: ir.Model, *, keep: Sequence[ir.Value]) -> None:
     """Run nodes in order, reading from and writing to ``environment``; forget values after their last use."""
-    reads = [_reads(node) for node in nodes]
+    reads = [graphs.read_by(node) for node in nodes]
     remaining: Counter[ir.Value] = Counter(itertools.chain.from_iterable(reads))
     kept = set(keep)
     with np.errstate(all="ignore"):
@@ -170,14 +168,6 @@ def _gather_constant(node: ir.Node, environment: Environment) -> Any:
         return widen(np.take(data, _read(indices, environment), node.attributes.get_int("axis", 0)))
     except (IndexError, ValueError) as error:
         raise NotExact(f"Gather {node.name}: {error}") from error
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    values = [value for value in node.inputs if value is not None]
-    if graphs.has_subgraphs(node):
-        for body in graphs.subgraphs(node):
-            values.extend(graphs.captured_values(body))
-    return values
 
 
 def _read(value: ir.Value, environment: Environment) -> Any:
