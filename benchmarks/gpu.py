@@ -25,6 +25,7 @@ from graphopt.selftesting import SelftestReport, selftest
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _SANITIZER_SECONDS = 3600
+_FOUND = re.compile("Invalid|Uninitialized|Barrier error|Misaligned|hazard|leaked", re.IGNORECASE)
 _ERRORS = re.compile(r"(?:ERROR|RACECHECK) SUMMARY:.*?(\d+) (?:errors?|hazards?)")
 
 
@@ -103,7 +104,7 @@ def read_sanitizer(said: str, code: int) -> str:
     summaries = [int(count) for count in _ERRORS.findall(said)]
     if summaries and not any(summaries) and code == 0:
         return "clean"
-    first = next((line.strip("= ") for line in said.splitlines() if "Invalid" in line or "hazard" in line.lower()), "")
+    first = next((line.strip("= ") for line in said.splitlines() if _FOUND.search(line)), "")
     if any(summaries):
         return f"{sum(summaries)} errors: {first or 'see its output'}"
     return f"exit code {code}, and no summary" if not summaries else f"exit code {code}"

@@ -18,6 +18,8 @@ import pytest
 from benchmarks import gpu, gpu_kernels, gpu_pivot
 from benchmarks.cublas import Cublas, CublasLt, Product
 from benchmarks.gpu_pivot import Case, Contender, Row, find_libraries, interval, measure, measurements, write_measured
+from benchmarks.torch_products import Torch
+from graphopt.benchmarking import on_gpu
 from graphopt.engines.measured import load_measurements
 from graphopt.errors import GraphoptError, MissingDependency
 from graphopt.gpu import arrays
@@ -27,6 +29,7 @@ from graphopt.kernels.compile import find_nvrtc
 from graphopt.kernels.emulate import find_compiler
 from graphopt.selftesting import EngineResult, SelftestReport
 from tests.gpu_driver.standin import StandIn, standing_in
+from tests.gpu_driver.torch_cuda import TorchOnTheStandIn
 
 needs_kernels = pytest.mark.skipif(
     find_nvrtc("nvidia-cuda-nvrtc-cu12") is None or find_compiler() is None, reason="no NVRTC or no C++ compiler"
@@ -156,14 +159,27 @@ def _columns(address: int, leading: int, rows: int, columns: int) -> np.ndarray:
     return np.lib.stride_tricks.as_strided(flat, (rows, columns), (4, 4 * leading))
 
 
-@pytest.mark.parametrize("kind", [Cublas, CublasLt])
-def test_products_in_cublas_words(context: Context, kind: Any) -> None:
+@pytest.fixture
+def torch_there(monkeypatch: pytest.MonkeyPatch) -> TorchOnTheStandIn:
+    pytest.importorskip("torch")
+    return TorchOnTheStandIn(monkeypatch)
+
+
+def library_of(kind: Any, context: Context, stream: Any, request: pytest.FixtureRequest) -> Any:
+    if kind is Torch:
+        request.getfixturevalue("torch_there")
+        return Torch(context, stream)
+    return kind(context, stream, ColumnMajor())
+
+
+@pytest.mark.parametrize("kind", [Cublas, CublasLt, Torch])
+def test_products_in_each_librarys_words(context: Context, kind: Any, request: pytest.FixtureRequest) -> None:
     """x Wᵀ into some columns of y, from some columns of x."""
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((3, 9)).astype(np.float32), rng.standard_normal((4, 5)).astype(np.float32)
     on_gpu = [arrays.upload(context, array) for array in (x, weight, np.zeros((3, 7), np.float32))]
     stream = context.stream()
-    library = kind(context, stream, ColumnMajor())
+    library = library_of(kind, context, stream, request)
     product = Product("float32", 3, 4, 5, on_gpu[0].pointer + 2 * 4, on_gpu[1].pointer, on_gpu[2].pointer + 3 * 4, 9, 7)
     call = library.prepare(product)
     call()
@@ -173,39 +189,159 @@ def test_products_in_cublas_words(context: Context, kind: Any) -> None:
     assert not y[:, :3].any()
 
 
-def test_where_cublas_is_not_installed(context: Context, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.fixture
+def no_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.cublas._candidates", lambda name: ["libcublas-of-nowhere.so"])
+
+
+def test_what_is_not_installed_is_told(
+    context: Context, no_cublas: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(on_gpu.importlib.util, "find_spec", lambda name: None)
     assert find_libraries(context, context.stream()) == []
-    said = capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    said = " ".join(out.split())
     assert "left out: cublas is not installed" in said and "left out: cublasLt is not installed" in said
+    assert "left out: torch is not installed" in said
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ("cpu", "has no CUDA"),
+        ("no start", "is built for CUDA 12.8, which does not start here"),
+        ("other GPU", "failed: CUDA error: no kernel image is available"),
+    ],
+)
+def test_a_torch_that_does_not_run_is_told(
+    context: Context,
+    no_cublas: None,
+    torch_there: TorchOnTheStandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    state: str,
+    says: str,
+) -> None:
+    import torch
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available\nSearch for it.")
+
+    changes: dict[str, tuple[Any, str, Any]] = {
+        "cpu": (torch.version, "cuda", None),
+        "no start": (torch.cuda, "is_available", lambda: False),
+        "other GPU": (torch, "mm", fail),
+    }
+    monkeypatch.setattr(*changes[state])
+    assert find_libraries(context, context.stream()) == []
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"left out: torch {torch.__version__} {says}" in said and "Search" not in said
+
+
+def test_a_torch_that_runs(
+    context: Context, no_cublas: None, torch_there: TorchOnTheStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    (found,) = find_libraries(context, context.stream())
+    assert found.title == f"torch {torch.__version__}" and "torch" not in capsys.readouterr().out
 
 
 @needs_kernels
 @pytest.mark.parametrize("form", ["row", "column"])
-def test_a_shape_is_measured(context: Context, one_tactic: None, form: Any) -> None:
+def test_a_shape_is_measured(
+    context: Context, one_tactic: None, torch_there: TorchOnTheStandIn, form: Any
+) -> None:
     stream = context.stream()
-    fake = ColumnMajor()
-    row = measure(context, stream, Case(form, "float32", 2, 16), [Cublas(context, stream, fake)], rounds=3, copies=2)
-    assert [one.name for one in row.contenders] == ["tactic 1", "two products, cuBLAS", "dense, cuBLAS"]
+    libraries = [Cublas(context, stream, ColumnMajor()), Torch(context, stream)]
+    before = torch_there.products
+    row = measure(context, stream, Case(form, "float32", 2, 16), libraries, rounds=3, copies=2)
+    torch_title = libraries[1].title
+    assert [one.name for one in row.contenders] == [
+        "tactic 1",
+        "two products, cuBLAS",
+        "dense, cuBLAS",
+        f"two products, {torch_title}",
+        f"dense, {torch_title}",
+    ]
     assert all(len(one.microseconds) == 3 for one in row.contenders)
-    assert all(one.worst is not None and one.worst <= 1 for one in row.contenders[:-2])
-    assert json.dumps(row.to_json(), default=vars)
+    off = [one.worst for one in row.contenders]
+    assert off[2] is None and off[4] is None
+    assert all(off[index] is not None and off[index] <= 1 for index in (0, 1, 3))
+    # Once to warm up, and the rest replayed from the graph: to compare (not the dense one), to warm up, and 3 rounds.
+    assert torch_there.products - before == 2 * 2 * (1 + 1 + 1 + 3) + 2 * (1 + 1 + 3)
+    plain = row.to_json()
+    assert json.dumps(plain, default=vars)
+    assert set(plain["contenders"]) == {one.name for one in row.contenders}
+    fastest = min(float(np.median(one.microseconds)) for one in row.contenders if one.name.startswith("two products"))
+    assert plain["speedup"]["two products"].value > 0
+    assert row.best("two products").microseconds and np.median(row.best("two products").microseconds) == fastest  # type: ignore[union-attr]
+
+
+class Idle:
+    """A library that computes nothing."""
+
+    title = "nothing"
+
+    def prepare(self, product: Product) -> Any:
+        return lambda: None
 
 
 @needs_kernels
-def test_two_products_are_the_pivot_form_without_its_permutation(context: Context) -> None:
+def test_products_that_are_not_computed_are_found(context: Context, one_tactic: None) -> None:
+    """The right numbers stood there before: our own kernel's, and another library's."""
+    stream = context.stream()
+    case = Case("row", "float32", 2, 16)
+    row = measure(context, stream, case, [Cublas(context, stream, ColumnMajor()), Idle()], rounds=2, copies=2)
+    assert [one.name for one in row.contenders if one.wrong] == ["two products, nothing"]
+    best = row.best("two products")
+    assert best is not None and best.name == "two products, cuBLAS"
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", [Cublas, Torch])
+def test_two_products_are_the_pivot_form_without_its_permutation(
+    context: Context, kind: Any, request: pytest.FixtureRequest
+) -> None:
     """The other side does the same work: with rows in pivot order and no bias its y is the form's."""
     stream = context.stream()
     case = Case("row", "float32", 3, 12)
     drawn = gpu_pivot.sample("row", "float32", (3,), (12, 6, 12))
     x, kept, coefficients = (arrays.upload(context, array) for array in drawn.inputs[:3])
     y, inner = arrays.allocate(context, (3, 12), np.float32), arrays.allocate(context, (3, 6), np.float32)
-    library = Cublas(context, stream, ColumnMajor())
+    library = library_of(kind, context, stream, request)
     for call in gpu_pivot._two_products(library, case, x, [(kept, coefficients)], y, inner):
         call()
     stream.synchronize()
     positions, bias = drawn.inputs[4], drawn.inputs[3]
-    np.testing.assert_allclose(y.numpy(), (drawn.wanted[0] - bias)[:, positions], atol=1e-4)
+    wanted = (drawn.wanted[0] - bias)[:, positions]
+    np.testing.assert_allclose(y.numpy(), wanted, atol=1e-4)
+    np.testing.assert_allclose(gpu_pivot._products_of(case, drawn).wanted[0], wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["row", "column"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products_may_be_off_by_their_rounding(form: Any, dtype: str) -> None:
+    """Each product rounded to the dtype is right; with one channel of the sum left out it is wrong."""
+    case = Case(form, dtype, 4, 64)
+    drawn = gpu_pivot.sample(form, dtype, (4,), (64, 32, 64))
+    products = gpu_pivot._products_of(case, drawn)
+    x, kept, coefficients = drawn.inputs[:3]
+    kind = x.dtype
+
+    def two(x: Any) -> Any:
+        wide = [array.astype(np.float32) for array in (x, kept, coefficients)]
+        if form == "row":
+            first = (wide[0] @ wide[1].T).astype(kind)
+            return np.concatenate([first, (first.astype(np.float32) @ wide[2].T).astype(kind)], axis=1)
+        first = (wide[0][:, 32:] @ wide[2].T).astype(kind)
+        return (first.astype(np.float32) @ wide[1].T).astype(kind)
+
+    assert products.worst([two(x)]) <= 1
+    less = x.copy()
+    less[:, 40] = 0
+    assert products.worst([two(less)]) > 1
 
 
 @needs_kernels
@@ -226,15 +362,18 @@ def test_a_rehearsal_writes_nothing(
     assert max(map(len, out.splitlines())) <= 100
 
 
-def finished(rows: int, plugin: float, other: float, worst: float = 0.5) -> Row:
+def finished(rows: int, plugin: float, other: float, worst: float = 0.5, torch: tuple[float, float] = (99, 0.5)) -> Row:
     made = [
         Contender(name, None, None, off, [time] * 5)  # type: ignore[arg-type]
         for name, time, off in (
             ("tactic 1", 2 * plugin, worst),
             ("tactic 3", plugin, worst),
-            ("two products, cuBLAS", other, None),
-            ("two products, cuBLASLt", 1.5 * other, None),
+            ("two products, cuBLAS", other, 0.5),
             ("dense, cuBLAS", 2 * other, None),
+            ("two products, cuBLASLt", 1.5 * other, 0.5),
+            ("dense, cuBLASLt", 3 * other, None),
+            ("two products, torch 2.13.0", torch[0], torch[1]),
+            ("dense, torch 2.13.0", 99, None),
         )
     ]
     return Row(Case("row", "float16", rows, 4096), 4, made)
@@ -260,6 +399,18 @@ def test_what_is_measured_decides_about_plugins(tmp_path: Path) -> None:
     assert "at 16 rows it takes 20 µs, the products 15 µs" in str(read.why_not(rows=(1, 16), **ask))
 
 
+def test_the_fastest_library_is_what_counts() -> None:
+    """torch where it is fastest; not with wrong results."""
+    rows = [finished(1, 10, 13, torch=(12, 0.5)), finished(16, 10, 13, torch=(12, 7))]
+    first, second = measurements(rows, "GPU X", "CUDA 12.8")
+    assert (first["library"], first["other"]["median"]) == ("torch 2.13.0, CUDA 12.8", 12)
+    assert (second["library"], second["other"]["median"]) == ("cuBLAS, CUDA 12.8", 13)
+    assert [row.to_json()["speedup"]["two products"].value for row in rows] == pytest.approx([1.2, 1.3])
+    nothing_right = finished(1, 10, 13, torch=(12, 7))
+    nothing_right.contenders[2].worst = nothing_right.contenders[4].worst = 2
+    assert measurements([nothing_right], "GPU X", "CUDA 12.8") == []
+
+
 def test_the_table_has_every_row_and_says_where_the_goal_is_missed(capsys: pytest.CaptureFixture[str]) -> None:
     gpu_pivot.show([finished(1, 10, 13), finished(16, 20, 15), finished(4096, 20, 10)])
     out = capsys.readouterr().out
@@ -268,6 +419,8 @@ def test_the_table_has_every_row_and_says_where_the_goal_is_missed(capsys: pytes
     assert "d 4096, 1 rows: 20 % faster than two products: yes (1.30 (1.30-1.30))" in text
     assert "d 4096, 16 rows: 20 % faster than two products: no (0.75 (0.75-0.75))" in text
     assert "4096 4096 tactic 3 20.0 10.0 20.0 0.50 (0.50-0.50) 1.00 (1.00-1.00) 0.50" in text
+    assert "4096 1 cuBLASLt 19.5 39.0 1.95 (1.95-1.95) 3.90 (3.90-3.90) 0.50" in text  # losses too, each for itself
+    assert text.count("torch 2.13.0 99.0 99.0") == 3
 
 
 def test_intervals() -> None:
@@ -367,6 +520,31 @@ def test_whether_rtx_runs_is_told() -> None:
 )
 def test_what_the_sanitizer_says(said: str, code: int, found: str) -> None:
     assert gpu.read_sanitizer(said, code) == found
+
+
+def test_every_tool_of_the_sanitizer_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a program of that name that notes how it was called, and finds something with one tool."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        f"""#!/bin/sh
+echo "$@" >> {tmp_path}/calls
+case "$2" in
+racecheck) echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)";;
+initcheck) echo "========= Uninitialized __global__ memory read"; echo "========= ERROR SUMMARY: 3 errors"; exit 9;;
+*) echo "========= ERROR SUMMARY: 0 errors";;
+esac
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = gpu.sanitize()
+    assert {tool: found[tool] for tool in ("memcheck", "racecheck", "synccheck")} == dict.fromkeys(
+        ("memcheck", "racecheck", "synccheck"), "clean"
+    )
+    assert found["initcheck"] == "3 errors: Uninitialized __global__ memory read"
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[1] for call in calls] == list(gpu.TOOLS)
+    assert all(call.endswith("-m benchmarks.gpu_kernels") and "--error-exitcode 9" in call for call in calls)
 
 
 def test_without_a_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,28 @@ def test_torch_beside_an_engine(driver: StandIn, engine: Path, tmp_path: Path, m
         runner.program({})
 
 
+def test_an_engine_onnx_runtime_and_torch_in_one_run(
+    driver: StandIn, cuda_provider: None, model: Path, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All on the GPU's clock, with intervals, percentiles and the differences of their outputs."""
+    pytest.importorskip("torch")
+    TorchOnTheStandIn(monkeypatch)
+    (tmp_path / "nets.py").write_text(FACTORY)
+    result = bench([model, engine], torch=[f"{tmp_path}/nets.py:double"], seconds=0.1)
+    libraries = [one.gpu.library.split()[0] for one in result.models if one.gpu is not None]
+    assert libraries == ["onnxruntime", "TensorRT", "torch"]
+    for one in result.models:
+        assert one.gpu is not None and one.gpu.compute_speedup is not None
+        assert one.max_abs_difference == 0 and one.max_abs_output > 0 and one.calls_per_second > 0
+        for ratio in (one.speedup, one.gpu.compute_speedup):
+            assert 0 < ratio.low <= ratio.value <= ratio.high
+        gpu = one.gpu
+        parts = (gpu.latency_ms, gpu.compute_ms, gpu.upload_ms, gpu.download_ms, gpu.enqueue_ms, one.wall_ms)
+        for part in parts:
+            assert 0 <= part.p50 <= part.p90 <= part.p95 <= part.p99
+    assert result.models[2].file_bytes == 4
+
+
 def test_torch_without_cuda(driver: StandIn, engine: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     (tmp_path / "nets.py").write_text(FACTORY)

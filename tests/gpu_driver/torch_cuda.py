@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from graphopt.benchmarking import on_gpu
-from graphopt.gpu.driver import LEGACY_STREAM
+from graphopt.gpu.library import LEGACY_STREAM
 
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 

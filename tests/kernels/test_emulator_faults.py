@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from graphopt.errors import BadInput, GraphoptError, MissingDependency
-from graphopt.kernels import emulate as emulation
-from graphopt.kernels.emulate import EmulatedModule, EmulationError, Work, emulate, find_compiler
+from graphopt.kernels import host_compiler
+from graphopt.kernels.emulate import STEPS, EmulatedModule, EmulationError, Work, emulate, find_compiler
 from graphopt.kernels.kernel import Kernel, Launch, Parameter
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler to emulate kernels with")
@@ -90,7 +90,7 @@ def _kernel(fault: str, source: Path = SOURCE) -> Kernel:
 
 
 def _run(fault: str, seed: int, resident: int | None = None) -> list[np.ndarray]:
-    steps = 200_000 if fault.startswith("ENDLESS") else emulation.STEPS
+    steps = 200_000 if fault.startswith("ENDLESS") else STEPS
     module = EmulatedModule(_kernel(fault))
     return module.launch_together([Work([X], OUTPUTS)], seed=seed, resident=resident, steps=steps)[0]
 
@@ -228,10 +228,10 @@ def test_no_compiler_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cache_is_kept_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     EmulatedModule(_kernel("RIGHT"))
-    compiled = list(emulation._cache_folder().glob("*.o"))  # the emulator itself, which takes longest
+    compiled = list(host_compiler.library_folder().glob("*.o"))  # the emulator itself, which takes longest
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
-    monkeypatch.setattr(emulation, "_MOST_KEPT", 4)
-    folder = emulation._cache_folder()
+    monkeypatch.setattr(host_compiler, "_MOST_KEPT", 4)
+    folder = host_compiler.library_folder()
     assert folder.is_relative_to(tmp_path)
     for path in compiled:
         shutil.copy(path, folder)
