@@ -250,9 +250,7 @@ def test_a_torch_that_runs(
 
 @needs_kernels
 @pytest.mark.parametrize("form", ["row", "column"])
-def test_a_shape_is_measured(
-    context: Context, one_tactic: None, torch_there: TorchOnTheStandIn, form: Any
-) -> None:
+def test_a_shape_is_measured(context: Context, one_tactic: None, torch_there: TorchOnTheStandIn, form: Any) -> None:
     stream = context.stream()
     libraries = [Cublas(context, stream, ColumnMajor()), Torch(context, stream)]
     before = torch_there.products

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from graphopt.errors import BadInput
 from graphopt.gpu.context import Context
 from graphopt.gpu.errors import NoGpu, isa_of_driver
-from graphopt.gpu.library import Library, library_path, open_library
+from graphopt.gpu.library import LEGACY_STREAM, Library, library_path, open_library
 from graphopt.gpu.streams import Graph, Stream
 
-__all__ = ["Context", "Device", "Driver", "Graph", "Stream", "find_driver"]
+__all__ = ["LEGACY_STREAM", "Context", "Device", "Driver", "Graph", "Stream", "find_driver"]
 
 _ATTRIBUTES = {
     "major": 75,

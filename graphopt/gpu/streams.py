@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from graphopt.garbage import paused
 from graphopt.gpu.errors import NOT_READY, SUCCESS
 from graphopt.gpu.memory import Memory, Pinned, address_of
 from graphopt.gpu.resources import Resource, freeing
@@ -91,7 +92,8 @@ class Stream(Resource):
         captured = Capture()
         recorded = ctypes.c_void_p()
         try:
-            yield captured
+            with paused():  # what is collected may free memory of the device, which spoils the capture
+                yield captured
         except BaseException:
             # The stream must leave the capture whatever happened; the error that comes first is the one to tell.
             if library.raw("cuStreamEndCapture", self.handle, ctypes.byref(recorded)) == 0 and recorded.value:

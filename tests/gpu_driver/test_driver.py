@@ -227,6 +227,22 @@ def test_a_spoilt_capture_is_an_error_and_leaves_the_stream_usable(context: Cont
 
 
 @pytest.mark.parametrize("pools", [0, 1])
+def test_garbage_is_not_collected_in_a_capture(driver: StandIn, pools: int) -> None:
+    driver.play(pools=pools)
+    context = find_driver().open()
+    stream = context.stream()
+    cycle: list[object] = [context.allocate(64)]
+    cycle.append(cycle)
+    with stream.capture():
+        del cycle
+        _ = [[] for _ in range(20_000)]  # that many new objects have garbage looked for
+    gc.collect()
+    assert driver.live("memory") == 0 and driver.complaints == []
+    stream.close()
+    context.close()
+
+
+@pytest.mark.parametrize("pools", [0, 1])
 def test_everything_is_freed(driver: StandIn, pools: int) -> None:
     driver.play(pools=pools)
     context = find_driver().open()
