@@ -51,16 +51,35 @@ class Backend(Protocol):
         """Parts along a new axis; none of them: an empty value, unknown sizes 0."""
 
 
+class Course(Protocol):
+    """Sees which way a run goes, and may send it another way. Steps are called by their names in the plan."""
+
+    def branch(self, name: str, truth: bool) -> bool:
+        """Whether a branch goes to ``then``; ``truth`` is what its condition says."""
+
+    def turn(self, name: str, number: int, truth: bool) -> bool:
+        """Whether a loop takes its turn of that number; ``truth`` is what its limits and conditions say.
+
+        False ends the loop. The last number asked for is the number of turns that were taken. A loop that has a limit
+        of slices cannot be sent beyond it.
+        """
+
+    def run(self, block: str, makes: Sequence[str]) -> None:
+        """A block has run, for these values of the plan."""
+
+
 class Program:
     """A plan, ready to run.
 
     Args:
         plan: What to do.
         backend: Runs the blocks.
+        course: Sees and may change which way a run goes.
     """
 
-    def __init__(self, plan: Plan, backend: Backend) -> None:
+    def __init__(self, plan: Plan, backend: Backend, course: Course | None = None) -> None:
         self._backend = backend
+        self._course = course
         self._place: dict[str, int] = {}
         self._inputs = [(port.name, self._at(port.name)) for port in plan.inputs]
         kept = frozenset(plan.gives.values())
@@ -115,7 +134,15 @@ class Program:
             for at, value in zip(makes, call([places[at] for at in reads]), strict=True):
                 places[at] = value
 
-        return act
+        course = self._course
+        if course is None:
+            return act
+
+        def act_and_tell(places: Places) -> None:
+            act(places)
+            course.run(step.run, list(step.makes.values()))
+
+        return act_and_tell
 
     def _branch(self, step: Branch) -> Action:
         condition = self._at(step.condition)
@@ -126,7 +153,7 @@ class Program:
             over = [self._at(name) for name in _made_in(steps)]
             sides.append((actions, gives, over))
         then, otherwise = sides
-        truth = self._backend.truth
+        truth = self._truth_of_branch(step.branch)
 
         def act(places: Places) -> None:
             taken, gives, over = then if truth(places[condition]) else otherwise
@@ -138,6 +165,14 @@ class Program:
                 places[at] = None
 
         return act
+
+    def _truth_of_branch(self, name: str) -> Callable[[Any], bool]:
+        truth, course = self._backend.truth, self._course
+        return truth if course is None else lambda value: course.branch(name, truth(value))
+
+    def _turns_of(self, name: str) -> Callable[[int, bool], bool]:
+        course = self._course
+        return (lambda turn, truth: truth) if course is None else lambda turn, truth: course.turn(name, turn, truth)
 
     def _loop(self, step: Loop) -> Action:
         backend = self._backend
@@ -154,23 +189,23 @@ class Program:
         body = self._list(step.body, frozenset(plans.results(step, 0)), own)
         again = None if step.again is None else self._at(step.again)
         over = [self._at(name) for name in (*_made_in(step.body), *(state.name for state in step.state))]
+        goes_on = self._turns_of(step.loop)
 
         def act(places: Places) -> None:
-            limit = _LIMIT if trips is None else backend.number(places[trips])
-            for _, of, axis, _ in slices:
-                limit = min(limit, backend.length(places[of], axis))
+            most = min((backend.length(places[of], axis) for _, of, axis, _ in slices), default=_LIMIT)
+            limit = most if trips is None else min(most, backend.number(places[trips]))
             going = condition is None or backend.truth(places[condition])
             for at, value in [(at, places[start]) for at, start in starts]:
                 places[at] = value
             made: list[list[Any]] = [[] for _ in stacks]
             turn = 0
-            while going and turn < limit:
+            while goes_on(turn, going and turn < limit) and turn < most:
                 if counter is not None:
                     places[counter[0]] = backend.scalar(turn, counter[1])
                 if goes is not None:
                     places[goes[0]] = backend.scalar(True, goes[1])
                 for at, of, axis, backwards in slices:
-                    index = limit - 1 - turn if backwards else turn
+                    index = most - 1 - turn if backwards else turn
                     places[at] = backend.part(places[of], axis, index)
                 for action in body:
                     action(places)

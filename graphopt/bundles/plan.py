@@ -68,11 +68,13 @@ class Branch(_Part):
     """Run one of two lists of steps.
 
     Attributes:
+        branch: A name to call it by.
         condition: A value with one boolean, asked as ``if``.
         then, otherwise: What to do.
         gives: Value -> what it is after ``then``, and after ``otherwise``.
     """
 
+    branch: str
     condition: str = Field(alias="if")
     then: list[Step] = []
     otherwise: list[Step] = Field(default=[], alias="else")
@@ -157,12 +159,12 @@ class Loop(_Part):
 
 def _kind(step: object) -> str:
     if isinstance(step, Run | Branch | Loop):
-        return {Run: "run", Branch: "if", Loop: "loop"}[type(step)]
-    return next((key for key in ("run", "if", "loop") if isinstance(step, dict) and key in step), "")
+        return {Run: "run", Branch: "branch", Loop: "loop"}[type(step)]
+    return next((key for key in ("run", "branch", "loop") if isinstance(step, dict) and key in step), "")
 
 
 Step = Annotated[
-    Annotated[Run, Tag("run")] | Annotated[Branch, Tag("if")] | Annotated[Loop, Tag("loop")], Discriminator(_kind)
+    Annotated[Run, Tag("run")] | Annotated[Branch, Tag("branch")] | Annotated[Loop, Tag("loop")], Discriminator(_kind)
 ]
 
 

@@ -125,7 +125,15 @@ class _Splitter:
             for output, one, other in zip(node.outputs, first, second, strict=True)
             if output.name and _is_asked(output)
         }
-        return Branch.model_validate({"if": _named(node.inputs[0]), "then": then, "else": otherwise, "gives": gives})
+        return Branch.model_validate(
+            {
+                "branch": _name_of(node),
+                "if": _named(node.inputs[0]),
+                "then": then,
+                "else": otherwise,
+                "gives": gives,
+            }
+        )
 
     def loop(self, node: ir.Node) -> Loop:
         body = node.attributes["body"].as_graph()
