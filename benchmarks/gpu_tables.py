@@ -60,7 +60,7 @@ def kernel_mutations(result: Result) -> str:
     ]
     ways = ", ".join(f"{count} {way}" for way, count in result["killed_by"].items())
     survivors = result["survivors"]
-    left = [f"- {s['file']}:{s['line']}: `{s['before']}` → `{s['after']}`" for s in survivors]
+    left = [f"- {s['file']}:{s['line']}: `{s['before']}` → `{s['after']}`. {s['how']}" for s in survivors]
     told = "\n\nNot caught:\n\n" + "\n".join(left) if survivors else "\n\nNo survivor."
     table = md_table(["fault", "places", "put in", "caught", "set aside: nothing computed differs"], rows, right=1)
     return f"{table}\n\nCaught by: {ways}. What was set aside is explained in benchmarks/kernel_survivors.yaml.{told}"

@@ -28,6 +28,7 @@ import yaml
 
 from benchmarks.common import print_table, work_folder, write_result
 from benchmarks.kernel_faults import KINDS, Edit, edits
+from benchmarks.mutants import ALL, OUTCOMES, count_outcomes, kill_rate, print_left, to_json
 from benchmarks.pool import Died, Pool
 from graphopt.errors import GraphoptError
 from graphopt.kernels.compile import INCLUDE
@@ -323,42 +324,25 @@ def main() -> int:
 
 def report(mutants: Sequence[Mutant], places: Mapping[str, int], options: argparse.Namespace, seconds: float) -> int:
     """Print the table and what was not killed; write the result where the run is the full one."""
-    outcomes = ("killed", "survived", "equivalent")
-    counts = {kind: Counter(mutant.outcome for mutant in mutants if mutant.kind == kind) for kind in KINDS}
-    counts["all"] = sum(counts.values(), Counter())
-    rate = counts["all"]["killed"] / max(1, counts["all"]["killed"] + counts["all"]["survived"])
+    counts = count_outcomes(mutants, KINDS)
+    places = {**places, ALL: sum(places.values())}
     deaths = Counter(kind_of_death(mutant) for mutant in mutants if mutant.outcome == "killed")
     print_table(
         ["kind", *((heading, "right") for heading in ("places", "killed", "survived", "set aside as equivalent"))],
-        [
-            [kind, places.get(kind, sum(places.values())), *(count[outcome] for outcome in outcomes)]
-            for kind, count in counts.items()
-        ],
-        f"{rate:.1%} killed; seed {options.seed}, {seconds:.0f} s",
+        [[kind, places[kind], *(found[outcome] for outcome in OUTCOMES)] for kind, found in counts.items()],
+        f"{kill_rate(counts):.1%} killed; seed {options.seed}, {seconds:.0f} s",
     )
     print(", ".join(f"{how}: {count}" for how, count in deaths.most_common()))
-    for outcome in reversed(outcomes[1:]):
-        for mutant in mutants:
-            if mutant.outcome == outcome:
-                print(f"{outcome} · {mutant.kind} · {mutant.file}:{mutant.line} · {mutant.after} · {mutant.how}")
+    print_left(mutants, lambda mutant: f"{mutant.file}:{mutant.line} · {mutant.after}")
     if options.places == 200:
+        common = to_json(mutants, counts)
         write_result(
             "kernel_mutations",
             {
                 "seed": options.seed,
-                "by_kind": {
-                    kind: {
-                        "places": places.get(kind, sum(places.values())),
-                        "killed": count["killed"],
-                        "mutants": count["killed"] + count["survived"],
-                        "equivalent": count["equivalent"],
-                    }
-                    for kind, count in counts.items()
-                },
-                "kill_rate": rate,
+                **common,
+                "by_kind": {kind: {"places": places[kind], **found} for kind, found in common["by_kind"].items()},
                 "killed_by": dict(deaths),
-                "survivors": [mutant for mutant in mutants if mutant.outcome == "survived"],
-                "equivalent": [mutant for mutant in mutants if mutant.outcome == "equivalent"],
                 "seconds": round(seconds),
             },
         )

@@ -18,7 +18,6 @@ import argparse
 import itertools
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ import onnx_ir as ir
 
 from benchmarks.common import minilm, print_table, silero, work_folder, write_result
 from benchmarks.faults import KINDS
+from benchmarks.mutants import OUTCOMES, count_outcomes, kill_rate, print_left, to_json
 from benchmarks.pool import Died, Pool, first_line
 
 CORPUS_NETWORKS = 24
@@ -279,19 +279,13 @@ def main() -> int:
         order = {kind: draw_sites(networks, kind, options.seed) for kind in KINDS}
         mutants, died = run_sites(order, options.places, folder)
     seconds = time.perf_counter() - start
-    outcomes = ("killed", "survived", "equivalent")
-    counts = {kind: Counter(mutant.outcome for mutant in mutants if mutant.kind == kind) for kind in KINDS}
-    counts["all"] = sum(counts.values(), Counter())
-    rate = counts["all"]["killed"] / max(1, counts["all"]["killed"] + counts["all"]["survived"])
+    counts = count_outcomes(mutants, KINDS)
     print_table(
         ["kind", *((heading, "right") for heading in ("killed", "survived", "set aside as equivalent"))],
-        [[kind, *(count[outcome] for outcome in outcomes)] for kind, count in counts.items()],
-        f"{rate:.1%} killed; {len(networks)} networks, seed {options.seed}, {seconds:.0f} s",
+        [[kind, *(found[outcome] for outcome in OUTCOMES)] for kind, found in counts.items()],
+        f"{kill_rate(counts):.1%} killed; {len(networks)} networks, seed {options.seed}, {seconds:.0f} s",
     )
-    for outcome in reversed(outcomes[1:]):
-        for mutant in mutants:
-            if mutant.outcome == outcome:
-                print(f"{outcome} · {mutant.kind} · {mutant.network} · {mutant.fault} · {mutant.how}")
+    print_left(mutants, lambda mutant: f"{mutant.network} · {mutant.fault}")
     print(*died, sep="\n")
     if options.places == parser.get_default("places"):
         write_result(
@@ -299,17 +293,7 @@ def main() -> int:
             {
                 "seed": options.seed,
                 "networks": [path.stem for path in networks],
-                "by_kind": {
-                    kind: {
-                        "killed": count["killed"],
-                        "mutants": count["killed"] + count["survived"],
-                        "equivalent": count["equivalent"],
-                    }
-                    for kind, count in counts.items()
-                },
-                "kill_rate": rate,
-                "survivors": [mutant for mutant in mutants if mutant.outcome == "survived"],
-                "equivalent": [mutant for mutant in mutants if mutant.outcome == "equivalent"],
+                **to_json(mutants, counts),
                 "died": died,
                 "seconds": round(seconds),
             },

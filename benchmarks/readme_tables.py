@@ -8,9 +8,9 @@ What stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written ane
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -235,11 +235,14 @@ def _percent(part: int, whole: int) -> str:
 
 def main() -> int:
     """Rewrite the pages; with ``--check`` only say which is out of date (exit code 1)."""
+    parser = argparse.ArgumentParser(description="Write the tables of the pages from the committed results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; say which page is out of date")
+    check = parser.parse_args().check
     stale = False
     for page in PAGES:
         before = page.read_text(encoding="utf-8")
         after = render(before)
-        if "--check" in sys.argv:
+        if check:
             stale = stale or before != after
             print(f"{page.name} is {'up to date' if before == after else 'out of date'}")
         else:

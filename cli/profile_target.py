@@ -21,9 +21,11 @@ def command(out: str, target: str, threads: int, as_json: bool, verbose: bool) -
     """
     from pathlib import Path
 
+    from graphopt.files.folder import check_target
     from graphopt.targets import load_target
     from graphopt.targets.profiling import measure, write_target
 
+    check_target(Path(out))
     found = load_target(target)
     with progress("measuring", enabled=not as_json):
         profile = measure(found, threads=threads)

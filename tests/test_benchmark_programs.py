@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from benchmarks import corpus, faults, mutations, scaling
+from benchmarks import corpus, faults, mutants, mutations, scaling
 from benchmarks.common import CommandFailed, measure
 from benchmarks.pool import Died, Pool
 from tests.models import RUNNABLE, many_small_nodes
@@ -167,3 +167,29 @@ def test_exponent_of_a_power_law() -> None:
     assert abs(found["value"] - 1.3) < 0.01
     assert found["low"] <= found["value"] <= found["high"]
     assert scaling.exponent({100: [1.0], 200: [2.0]}, [0.1]) is None
+
+
+def test_what_became_of_faults_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    def mutant(kind: str, outcome: str) -> mutations.Mutant:
+        return mutations.Mutant(kind, "net", f"{outcome} one", outcome, "because", 0.1)
+
+    made = [mutant("a", "killed"), mutant("a", "killed"), mutant("a", "survived"), mutant("b", "equivalent")]
+    counts = mutants.count_outcomes(made, ["a", "b", "c"])
+    assert mutants.kill_rate(counts) == 2 / 3
+    found = mutants.to_json(made, counts)
+    assert found["by_kind"] == {
+        "a": {"killed": 2, "mutants": 3, "equivalent": 0},
+        "b": {"killed": 0, "mutants": 0, "equivalent": 1},
+        "c": {"killed": 0, "mutants": 0, "equivalent": 0},
+        "all": {"killed": 2, "mutants": 3, "equivalent": 1},
+    }
+    assert (found["survivors"], found["equivalent"]) == ([made[2]], [made[3]])
+    mutants.print_left(made, lambda one: one.fault)
+    assert capsys.readouterr().out.splitlines() == [
+        "equivalent · b · equivalent one · because",
+        "survived · a · survived one · because",
+    ]
+
+
+def test_nothing_was_put_in() -> None:
+    assert mutants.kill_rate(mutants.count_outcomes([], ["a"])) == 0

@@ -172,7 +172,7 @@ class _TorchFile(State):
                 where=str(path),
                 hint="save the state dict alone: torch.save(model.state_dict(), ...)",
             ) from error
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+        except Exception as error:  # of damaged bytes torch's reader raises anything, IndexError and KeyError too
             raise BadInput(
                 "torch cannot read it", where=str(path), hint="is it cut off? save or copy it again"
             ) from error

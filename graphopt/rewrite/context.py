@@ -54,6 +54,7 @@ class Context:
         self.applications: list[Application] = []
         self.not_cheaper: Counter[str] = Counter()
         self.near_misses: dict[str, dict[str, str]] = {}
+        self.passes: frozenset[str] = frozenset()
         self._current: Pass | None = None
         self._keys: Counter[str] = Counter()
         self._names: set[str] | None = None
@@ -68,6 +69,10 @@ class Context:
     def opset(self) -> int:
         """The version of the standard operator set that the model imports."""
         return graphs.opset(self.model)
+
+    def runs(self, name: str) -> bool:
+        """Whether a pass of this name is among those that run, and was not taken back as a whole."""
+        return name in self.passes and f"{name}:" not in self.skip
 
     def graphs(self) -> Iterator[ir.Graph]:
         """Every graph of the model, outer before inner."""
@@ -123,7 +128,7 @@ class Context:
         assert self._current is not None
         kept = self.near_misses.setdefault(self._current.name, {})
         if len(kept) < NEAR_MISSES_KEPT:
-            kept[node.name or node.op_type] = reason
+            kept[node.name or f"{node.op_type} of {node.outputs[0].name}"] = reason
 
     def replace(
         self,

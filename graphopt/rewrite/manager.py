@@ -75,6 +75,7 @@ def run_passes(
     Raises:
         GraphoptError: A pass broke the structure of the graph (a bug in that pass).
     """
+    ctx.passes = frozenset(p.name for p in passes)
     interface = interface_of(ctx.model)
     known = frozenset(check_structure(ctx.model)) if check else frozenset()  # no pass is to blame for these
     nodes = graphs.count_nodes(ctx.model)

@@ -45,7 +45,7 @@ class Parameters(BaseModel):
         method: svd: the best factors of the weight; weighted: the best for the inputs that the data show; m: those,
             and then fitted again to what the model computes with the earlier weights already factorised.
         form: What a rank is to be stored as, when elements are counted: factors, pivot, or auto, which is pivot where
-            a class of channels can take the permutation.
+            a class of channels can take the permutation and the pass pivot runs.
         ranks: For a density. sensitivity: each weight's rank by what its error does to the outputs, as measured;
             uniform: every weight at the same density.
         mix: Of m: the share of the original's activations in what the factors are fitted to.
@@ -145,7 +145,8 @@ class Factorize(Pass):
     def _decompose(self, ctx: Context, weights: Sequence[DenseWeight]) -> list[_Candidate]:
         """Put the best factors of each weight at the largest rank of interest into the store, with its spectrum."""
         settings = self.settings
-        channels = channel_classes(ctx.model, Group.PERMUTATION) if settings.form == "auto" else None
+        auto = settings.form == "auto" and ctx.runs("pivot")
+        channels = channel_classes(ctx.model, Group.PERMUTATION) if auto else None
         data = "" if settings.method == "svd" else digest(*_numbers(ctx), "moments")
         candidates = []
         for weight in weights:

@@ -68,6 +68,16 @@ class MergeFactors(Pass):
                 _merge(ctx, pair, made)
 
 
+def merge_larger(ctx: Context, pair: Pair) -> bool:
+    """Merge a pair whose factors hold more elements than their product; False where it stays."""
+    first, second = pair.first, pair.second
+    elements = first.inputs * second.outputs * math.prod(first.kernel) * math.prod(second.kernel)
+    readers = {linear.weight.root: {linear.node} for linear in (first, second)}
+    if pair.elements <= elements or _why_not(pair) or _why_kept(pair, readers) or _why_not_held(pair, ctx.opset):
+        return False
+    return _merge(ctx, pair, {})
+
+
 def _why_not(pair: Pair) -> str | None:
     """Why a pair is not merged, by what can be told without reading its weights."""
     first, second = pair.first, pair.second

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graphopt import graphs
 from graphopt.channels import ChannelClass, Channels, Group, Override, channel_classes, is_current, relabel
+from graphopt.passes.lowrank.merge_factors import merge_larger
 from graphopt.passes.lowrank.pivot_forms import amplification, form_nodes, joint_order
-from graphopt.passes.lowrank.pivot_sites import PivotSite, pivot_sites
+from graphopt.passes.lowrank.pivot_sites import PivotSite, is_owed, pivot_sites
 from graphopt.rewrite import Context, Explanation, Kind, Pass, Stage
-from graphopt.sites import Linear, Spelling
+from graphopt.sites import Linear, Pair, Spelling, pairs
 
 Array = npt.NDArray[Any]
 
@@ -59,7 +60,8 @@ class Pivot(Pass):
         refuses="factors that something else reads; quantised factors; a rank that is full on one side; convolutions "
         "whose second (row form) or first (column form) is not of one position; channels whose class is pinned, where "
         "a Gather costs what the form saves; what saves less than 5 % of the time by the target's cost profile, unless "
-        "factorize counted on it",
+        "factorize counted on it; where that has no form all the same and its factors hold more than their product, they "
+        "become one weight again",
         costs="a QR of one factor and an elimination of rows, O(m (m - r) r), while rewriting; the rest when the model "
         "is saved. Saves the fraction r / (m + n) of the factors' weights and multiplications. In 16 bits the "
         "coefficients amplify rounding about three times: it is kept where that is within the rounding rule",
@@ -69,6 +71,11 @@ class Pivot(Pass):
     Parameters: ClassVar[type[BaseModel] | None] = Parameters
 
     def apply(self, ctx: Context) -> None:
+        self._pivot(ctx)
+        if self.kind is Kind.ROUNDING:  # pivot-lossy leaves pairs for pivot, which runs behind it
+            _merge_owed(ctx)
+
+    def _pivot(self, ctx: Context) -> None:
         assert isinstance(self.parameters, Parameters)
         tried: set[str] = set()
         while True:
@@ -78,28 +85,31 @@ class Pivot(Pass):
                 return
             channels = channel_classes(ctx.model, Group.PERMUTATION)
             progress = False
+            coarse: dict[str, str] = {}
             classes = list(_shared(channels, sites))
             for number, (cls, together) in enumerate(classes, 1):
                 ctx.say(f"choosing pivots: {number} of {len(classes)} classes of channels")
-                dear = False
+                dear: set[tuple[tuple[str, bool], ...]] = set()
                 for members in self._attempts(together):
-                    if dear and members[0][0].spare:
+                    which = tuple((site.key, rows) for site, rows in members)
+                    if which in dear:
                         continue  # more pivots cost more
                     name = "+".join(sorted(f"{site.key} {rows} {site.pivots}" for site, rows in members))
                     if name in tried or not all(site.is_current for site, _ in members) or not is_current(cls):
                         continue  # an earlier class took its nodes along: it is looked at anew
                     tried.add(name)
                     before = ctx.not_cheaper[self.name]
-                    if _fold(ctx, cls, members, lossy=self.kind is Kind.LOSSY):
+                    if _fold(ctx, cls, members, coarse, lossy=self.kind is Kind.LOSSY):
                         progress = True
                         break
-                    dear = ctx.not_cheaper[self.name] > before
+                    if ctx.not_cheaper[self.name] > before:
+                        dear.add(which)
             if progress:
                 continue
             for number, site in enumerate(sites, 1):
                 ctx.say(f"choosing pivots: {number} of {len(sites)} by themselves")
                 if site.is_current:
-                    self._alone(ctx, channels, site)
+                    self._alone(ctx, site, coarse.get(site.key) or _what_pins(ctx, channels, site))
             return
 
     def takes(self, site: PivotSite) -> bool:
@@ -109,19 +119,19 @@ class Pivot(Pass):
     def _attempts(self, members: list[tuple[PivotSite, bool]]) -> Iterable[list[tuple[PivotSite, bool]]]:
         """All sites of a class at once; where that is refused, with spare pivots; then fewer sites, down to one."""
         yield members
-        yield [(_spared(site), rows) for site, rows in members]
+        yield _spared(members)
         if self.kind is Kind.ROUNDING and members[0][0].second.weight.dtype in _HALF:
             return  # one alone would fail, too, and each failure is a run of everything
         parts = [part for rows in (True, False) if (part := [member for member in members if member[1] is rows])]
-        if len(parts) > 1:
-            yield from parts
+        fewer = parts if len(parts) > 1 else []
         if any(len(part) > 1 for part in parts):
-            yield from ([member] for member in members)
+            fewer = [*fewer, *([member] for member in members)]
+        yield from fewer
+        yield from map(_spared, fewer)
 
-    def _alone(self, ctx: Context, channels: Channels, site: PivotSite) -> None:
-        """The row form with a Gather behind it."""
+    def _alone(self, ctx: Context, site: PivotSite, why: str) -> None:
+        """The row form with a Gather behind it; ``why`` its permutation was not folded."""
         assert isinstance(self.parameters, Parameters)
-        why = _what_pins(ctx, channels, site)
         if self.parameters.gather == "never" or not site.second.pointwise:
             ctx.refuse(site.nodes[-1], why)
             return
@@ -129,7 +139,7 @@ class Pivot(Pass):
         if not always and not _is_cheaper(ctx, site):
             ctx.refuse(site.nodes[-1], f"not cheaper with a Gather, and {why}")
             return
-        for tried in (site, _spared(site)):
+        for tried in (site, replace(site, spare=_spare(site))):
             order = joint_order(ctx, [(tried, True)])
             if order is None:
                 ctx.refuse(site.nodes[-1], "no rows of it span the others")
@@ -143,9 +153,21 @@ class Pivot(Pass):
                 return
 
 
-def _spared(site: PivotSite) -> PivotSite:
-    """The same site with pivots to spare."""
-    return replace(site, spare=site.rank // 32 + 1)
+def _merge_owed(ctx: Context) -> None:
+    """Factors of a rank that only pivots make worth while, and that have none: one weight again, which is smaller."""
+    for found in list(pairs(ctx.model)):
+        if isinstance(found, Pair) and is_owed(found):
+            merge_larger(ctx, found)
+
+
+def _spare(site: PivotSite) -> int:
+    """How many further pivots are tried where the rounding of a form is too much."""
+    return site.rank // 32 + 1
+
+
+def _spared(members: list[tuple[PivotSite, bool]]) -> list[tuple[PivotSite, bool]]:
+    """The same sites with pivots to spare."""
+    return [(replace(site, spare=_spare(site)), rows) for site, rows in members]
 
 
 def _suffix(site: PivotSite) -> str:
@@ -221,13 +243,18 @@ def _is_turned(linear: Linear) -> bool:
     return linear.spelling is Spelling.GEMM and linear.x_axis != linear.y_axis
 
 
-def _fold(ctx: Context, cls: ChannelClass, members: list[tuple[PivotSite, bool]], *, lossy: bool) -> bool:
-    """Pivot the sites of a class on the same channels, and bring the class into the order of the pivots."""
+def _fold(
+    ctx: Context, cls: ChannelClass, members: list[tuple[PivotSite, bool]], coarse: dict[str, str], *, lossy: bool
+) -> bool:
+    """Pivot the sites of a class on the same channels, and bring the class into the order of the pivots.
+
+    Where their rounding is too much ``coarse`` says so, by their keys.
+    """
     order = joint_order(ctx, members)
     if order is None:
         return False
     if not lossy and (reason := _too_coarse(ctx, members, order)) is not None:
-        ctx.refuse(members[0][0].nodes[-1], reason)
+        coarse.update((site.key, f"folded, its {reason}") for site, _ in members)
         return False
     overrides: dict[ir.Node, Override] = {}
     for site, rows in members:

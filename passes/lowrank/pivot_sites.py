@@ -130,8 +130,13 @@ def _of_pair(pair: Pair, opset: int) -> PivotSite:
         lambda: pair.factors(opset)[0],
         lambda: pair.first.matrix(opset),
         None if pair.shift is None else lambda: _through(second, pair.shift, opset),
-        pair.second.node.metadata_props.get(FORM) == "pivot",
+        is_owed(pair),
     )
+
+
+def is_owed(pair: Pair) -> bool:
+    """Whether the rank of a pair was chosen for its pivot form."""
+    return pair.second.node.metadata_props.get(FORM) == "pivot"
 
 
 def _through(second: Linear, shift: Array | None, opset: int) -> Array:

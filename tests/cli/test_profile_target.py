@@ -43,7 +43,8 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["-o", "t.yaml", "--target", "tensorrt"], 2, "the backend tensorrt cannot be measured here"),
         (["-o", "t.yaml", "--target", "abacus"], 2, "no target 'abacus'"),
-        (["-o", "nowhere/t.yaml"], 1, "nowhere/t.yaml: cannot be written"),
+        (["-o", "nowhere/t.yaml"], 2, "nowhere: no such folder (mkdir -p nowhere)"),
+        (["-o", "."], 2, ".: is a folder"),
     ],
 )
 def test_mistakes(

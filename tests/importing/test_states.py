@@ -129,6 +129,33 @@ def test_other_torch_files(tmp_path: Path) -> None:
         open_state(tmp_path / "s.pt")
 
 
+@pytest.mark.parametrize("content", [b"abc" * 50, b"hello", b"", b"\x80\x02.", b"PK\x03\x04" + bytes(60)])
+def test_files_that_are_no_torch_files(content: bytes, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (tmp_path / "s.pt").write_bytes(content)
+    with pytest.raises(BadInput, match="torch cannot read it"):
+        open_state(tmp_path / "s.pt")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_damaged_torch_files(old: bool, tmp_path: Path) -> None:
+    """Wherever a byte is wrong, or the end is missing: it is read, or refused in one line."""
+    torch = pytest.importorskip("torch")
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "s.pt", _use_new_zipfile_serialization=not old)
+    whole = (tmp_path / "s.pt").read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xA5
+        for content in (damaged, whole[:place]):
+            (tmp_path / "s.pt").write_bytes(content)
+            try:
+                open_state(tmp_path / "s.pt")
+            except BadInput:
+                refused += 1
+    assert refused > len(whole) // 7  # all that are cut off, and some of the others
+
+
 def test_a_folder_of_shards(tmp_path: Path) -> None:
     numpy_of = pytest.importorskip("safetensors.numpy")
     numpy_of.save_file({"a": np.zeros(2)}, tmp_path / "1.safetensors")

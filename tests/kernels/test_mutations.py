@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +13,11 @@ from benchmarks import kernel_mutations
 from benchmarks.kernel_faults import KINDS, code_of, edits
 from benchmarks.kernel_mutations import (
     UNEXPLAINED,
+    Mutant,
     checks_of,
     draw_places,
     read_explanations,
+    report,
     run_checks,
     run_places,
     sources,
@@ -129,3 +133,19 @@ def test_what_nothing_notices_survives(monkeypatch: pytest.MonkeyPatch) -> None:
     places = [place for place in draw_places("bound", 0) if place.file.name == "few_rows.cu"][:1]
     (mutant,) = run_places({"bound": places}, 1)  # the product's launches, which have no part of it
     assert (mutant.outcome, mutant.how) == UNEXPLAINED
+
+
+def test_the_result_says_how_many_places_there_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[dict[str, Any]] = []
+    monkeypatch.setattr(kernel_mutations, "write_result", lambda name, content: written.append(content))
+    caught = Mutant("bound", "a.cu", 3, "i < n", "i <= n", "killed", "wrong result: 1")
+    left = Mutant("scale", "a.cu", 5, "x * s", "x", "survived", "explained")
+    places = dict.fromkeys(KINDS, 7)
+    options = argparse.Namespace(places=200, seed=0)
+    assert report([caught, left], places, options, 1.0) == 0
+    (found,) = written
+    assert found["by_kind"]["bound"] == {"places": 7, "killed": 1, "mutants": 1, "equivalent": 0}
+    assert found["by_kind"]["all"] == {"places": 7 * len(KINDS), "killed": 1, "mutants": 2, "equivalent": 0}
+    assert (found["kill_rate"], found["killed_by"], found["survivors"]) == (0.5, {"wrong result": 1}, [left])
+    unexplained = Mutant("scale", "a.cu", 5, "x * s", "x", *UNEXPLAINED)
+    assert report([caught, unexplained], places, options, 1.0) == 1

@@ -94,11 +94,33 @@ def test_the_density_is_reached_and_never_exceeded(density: float, ranks: str) -
 def test_pivot_pays_what_the_density_owes(density: float, form: str, ranks: str) -> None:
     """The ranks are those of pivot forms: pivot makes them, also where the cost profile sees no gain."""
     before, feeds = chain(), correlated(3)
-    made, _ = run_pass(before, Factorize, feeds=feeds, density=density, ranks=ranks, form=form, method="svd")
+    made, _ = run_pass(before, Factorize, feeds=feeds, density=density, ranks=ranks, form="pivot", method="svd")
     assert elements(made) > density * elements(before)
-    after, records = run_pass(made, Pivot, target="onnxruntime")
+    after, records = run_pass(
+        before, Factorize, Pivot, feeds=feeds, density=density, ranks=ranks, form=form, method="svd"
+    )
     assert elements(after) <= density * elements(before), reasons(records)
     assert elements(after) > (density - 0.1) * elements(before)
+    assert error(before, after, feeds) == pytest.approx(error(before, made, feeds), rel=1e-3)
+
+
+@pytest.mark.parametrize(("passes", "skip"), [((), ()), ((Pivot,), ("pivot:",))])
+@pytest.mark.parametrize("density", [0.6, 0.9])
+def test_where_pivot_does_not_run_factors_are_counted(
+    density: float, passes: Sequence[type[Pivot]], skip: Sequence[str]
+) -> None:
+    before, feeds = chain(), correlated(3)
+    after, _ = run_pass(before, Factorize, *passes, skip=skip, feeds=feeds, density=density, method="svd")
+    assert elements(after) <= density * elements(before)
+
+
+def test_factors_that_pivots_were_to_make_small_become_one_weight_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every pivot form is refused, what is left may not be larger than the model was."""
+    monkeypatch.setattr("graphopt.passes.lowrank.pivot.MOST_AMPLIFIED", 0.0)
+    before, feeds = chain(), correlated(3)
+    made, _ = run_pass(before, Factorize, feeds=feeds, density=0.9, form="pivot", method="svd")
+    after, _ = run_pass(before, Factorize, Pivot, feeds=feeds, density=0.9, form="auto", method="svd")
+    assert elements(after) <= elements(before) < elements(made)
     assert error(before, after, feeds) == pytest.approx(error(before, made, feeds), rel=1e-3)
 
 

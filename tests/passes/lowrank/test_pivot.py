@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.passes.lowrank.pivot import JOINT, Pivot, PivotLossy
-from graphopt.rewrite import Kind, Pass
+from graphopt.passes.lowrank.pivot_sites import PivotSite
+from graphopt.rewrite import Context, Kind, Pass
 from graphopt.rewrite.manager import PassRecord
 from tests.passes.common import applications, op_types, run_ort, run_pass
 from tests.passes.fuse.common import DOUBLE, FLOAT, FLOAT16, G, assert_rounding, in_body, only, random, reasons
@@ -481,8 +482,41 @@ def test_where_both_are_refused_each_is_tried_alone(arithmetic: str) -> None:
     assert_rounding(before, one, feed(before))
 
 
+def test_fewer_sites_are_tried_with_pivots_to_spare_too(arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, int]] = []
+
+    def too_coarse(ctx: Context, members: list[tuple[PivotSite, bool]], order: object) -> str | None:
+        tried.append((len(members), members[0][0].spare))
+        return None if tried[-1] == (1, 1) else "rounding errors would be large"
+
+    monkeypatch.setattr("graphopt.passes.lowrank.pivot._too_coarse", too_coarse)
+    g = G(17)
+    g.output(mlp(g, g.input("x", 2, 3, N)))
+    before = g.model()
+    after, records = pivoted(before, arithmetic, gather="never")
+    assert tried[:5] == [(2, 0), (2, 1), (1, 0), (1, 0), (1, 1)]
+    assert applications(records) == 1 and "Gather" not in op_types(after)
+    assert_rounding(before, after, feed(before))
+
+
+@pytest.mark.parametrize(
+    ("gather", "said"),
+    [("never", "folded, its rounding errors would be"), ("always", "rounding errors would be")],
+)
+def test_rounding_that_is_too_much_is_the_reason(
+    gather: str, said: str, arithmetic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.passes.lowrank.pivot.MOST_AMPLIFIED", 1e-3)
+    g = G(17)
+    g.output(mlp(g, g.input("x", 2, 3, N)))
+    before = g.model()
+    after, records = pivoted(before, arithmetic, gather=gather)
+    assert op_types(after) == op_types(ir.from_proto(before))
+    told = [reason for reason in records[0].near_misses.values() if reason.startswith(said)]
+    assert len(told) == 2 and all(reason.endswith("times those of the factors") for reason in told)
+
+
 def _keys(before: onnx.ModelProto, target: str) -> list[str]:
-    from graphopt.rewrite import Context
     from graphopt.rewrite.manager import run_passes
     from graphopt.shapes import infer_shapes
     from graphopt.targets import load_target
