@@ -427,7 +427,7 @@ def measurements(rows: Sequence[Row], gpu: str, versions: str) -> list[dict[str,
 
 def write_measured(new: Sequence[Mapping[str, Any]], path: Path = MEASURED) -> None:
     """Put measurements into the file, in place of older ones of the same GPU."""
-    from graphopt.engines.measured import Measurements
+    from graphopt.engines.plugins.measured import Measurements
 
     known = json.loads(path.read_text(encoding="utf-8"))
     gpus = {one["gpu"] for one in new}

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/low-rank.md and docs/gpu.md from ``results/*.json``.
+"""Writes the tables of README.md and of low-rank.md, gpu.md and dynamic.md in docs from ``results/*.json``.
 
     python -m benchmarks.readme_tables [--check]
 
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
+from benchmarks.dynamic.tables import DYNAMIC
+from benchmarks.dynamic_tables import per_sample
 from benchmarks.gpu_tables import GPU
 from benchmarks.lowrank_tables import LOW_RANK
 from docs.generate import fill, md_table
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "low-rank.md", ROOT / "docs" / "gpu.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("low-rank", "gpu", "dynamic", "per-sample")))
 NOT_YET = "not measured yet"
 MOST_SURVIVORS = 20
 SETTINGS = ("optimizations off", "optimizations on")  # of ONNX Runtime
@@ -212,6 +214,8 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "help_time": help_time,
     **LOW_RANK,
     **GPU,
+    **DYNAMIC,
+    "per_sample": per_sample,
 }
 
 

@@ -31,6 +31,11 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "plugin_versions": (),
     "kernel_mutations": (),
     "rtx_models": (),
+    "rtx_dynamic": (),
+    "dynamic": (),
+    "host_overhead": (),
+    "silero": (),
+    "split_corpus": (),
     "demos": (),
 }
 

@@ -1,28 +1,31 @@
-"""``graphopt build``: an engine from an ONNX file."""
+"""``graphopt build``: an engine from an ONNX file, or of every block of a bundle."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from graphopt.cli.output import HELP, common_options, console, print_json, progress, table, tell_bytes
+from graphopt.errors import BadInput
 
 if TYPE_CHECKING:
     from graphopt.engines import BuildResult
+    from graphopt.engines.bundles.building import BuiltBlock, BundleResult
     from graphopt.engines.inspector import EngineLayer
 
 _MOST_ROWS = 30
 
 
 @click.command("build", context_settings=HELP)
-@click.argument("model", metavar="IN.onnx", type=click.Path(path_type=Path))
+@click.argument("model", metavar="IN", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--out", metavar="ENGINE", required=True, type=click.Path(path_type=Path), help="The engine to write."
+    "-o", "--out", metavar="OUT", required=True, type=click.Path(path_type=Path), help="The engine or bundle to write."
 )
-@click.option("--backend", metavar="NAME", required=True, help="tensorrt-rtx (needs no GPU) or tensorrt.")
+@click.option("--backend", "--target", metavar="NAME", required=True, help="tensorrt-rtx (needs no GPU) or tensorrt.")
 @click.option(
     "--shapes",
     multiple=True,
@@ -87,12 +90,17 @@ def command(
 ) -> None:
     """Build an engine, on a machine with or without a GPU.
 
+    IN is an .onnx file, and OUT an engine; or both are bundles: then every block becomes an engine, and those that the
+    library does not take stay ONNX files, each with the reason. Sizes are always those of the network's own inputs.
+
     Nodes that do not run in such an engine are told before anything is built, one by one. The library runs in a
-    child process; a crash of it is an error here, and nothing is written. ENGINE.json, beside the engine, says how it
+    child process; a crash of it is an error here, and nothing is written. OUT.json, beside the engine, says how it
     was built, for which library and GPUs, and what became of the nodes.
     """
+    from graphopt.bundles.folder import is_bundle
     from graphopt.engines import BuildOptions, build_engine
     from graphopt.engines.build import NotCovered
+    from graphopt.engines.bundles.building import BundleResult, NothingBuilt, build_bundle
     from graphopt.engines.options import parse_compute_capabilities, parse_size
     from graphopt.engines.spawning import Refused
 
@@ -113,20 +121,29 @@ def command(
             advance(fraction - done, phase or None)
             done = fraction
 
+        how: dict[str, Any] = {
+            "backend": backend,
+            "shapes": shapes,
+            "calibration": calibration,
+            "options": options,
+            "plugins": plugins,
+            "verify": not no_verify,
+            "on_log": show if verbose else None,
+            "on_progress": follow,
+        }
+        result: BuildResult | BundleResult
         try:
-            result = build_engine(
-                model,
-                out,
-                backend=backend,
-                shapes=shapes,
-                calibration=calibration,
-                buckets=buckets,
-                options=options,
-                plugins=plugins,
-                verify=not no_verify,
-                on_log=show if verbose else None,
-                on_progress=follow,
-            )
+            if is_bundle(model):
+                _refuse_buckets(buckets)
+                result = build_bundle(model, out, **how)
+            else:
+                result = build_engine(model, out, buckets=buckets, **how)
+        except NothingBuilt as refused:
+            if as_json:
+                print_json({"error": str(refused), "refused": {one.name: one.reason for one in refused.blocks}})
+            else:
+                _tell_blocks(refused.blocks)
+            raise
         except NotCovered as refused:
             _tell_refused(refused, as_json=as_json)
             raise
@@ -136,8 +153,45 @@ def command(
             raise
     if as_json:
         print_json(result)
+    elif isinstance(result, BundleResult):
+        _print_bundle(result)
     else:
         _print(result, verbose=verbose)
+
+
+def _refuse_buckets(buckets: bool) -> None:
+    if buckets:
+        what, hint = "blocks get the sizes that they are seen with", "leave it out"
+        raise BadInput(what, where="--buckets", hint=hint)
+
+
+def _print_bundle(result: BundleResult) -> None:
+    _tell_blocks(result.blocks)
+    built = [block.engine for block in result.blocks if block.engine is not None]
+    console().print(
+        f"{result.path}: {len(built)} of {_count(len(result.blocks), 'block')} on {result.backend} {result.version},"
+        f" {tell_bytes(sum(one.bytes for one in built))}, in {result.seconds:.1f} s"
+    )
+    notes = Counter(note for one in built for note in one.notes)
+    for note, times in notes.items():
+        console().print(f"note: {note}" + (f" ({times} blocks)" if times > 1 else ""))
+    console().print(result.status)
+
+
+def _tell_blocks(blocks: Sequence[BuiltBlock]) -> None:
+    """Each block, and the engine that it became or the reason why it became none."""
+    rows = [
+        (
+            block.name,
+            block.nodes,
+            "built" if block.engine is not None else f"none: {block.reason}",
+            None if block.engine is None else f"{block.engine.seconds:.1f}",
+            None if block.engine is None else tell_bytes(block.engine.bytes),
+        )
+        for block in blocks
+    ]
+    console().print(table(["block", ("nodes", "right"), "engine", ("seconds", "right"), ("size", "right")], rows))
+    console().print()
 
 
 def _tell_refused(error: Any, *, as_json: bool) -> None:

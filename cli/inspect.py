@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from graphopt.cli.output import HELP, common_options, console, print_json, progress, table
+from graphopt.cli.output import HELP, MAX_WIDTH, common_options, console, print_json, progress, table
+from graphopt.errors import BadInput
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from graphopt.bundles.contents import BundleContents
+    from graphopt.bundles.drawing import Line
+    from graphopt.bundles.plan import Port
+    from graphopt.bundles.profile import Profile
     from graphopt.channels import ClassSummary
     from graphopt.inspection import Axes, ControlFlow, Inspection, WeightValues
 
@@ -22,17 +30,26 @@ TOP = 12
 @click.argument("model", metavar="IN")
 @click.option("--weights", "scan", is_flag=True, help="Read every weight and say what its values are like.")
 @click.option("--channels", is_flag=True, help="Say which channels can be permuted, scaled or rotated together.")
+@click.option(
+    "--calibration", metavar="F.npz|DIR", help="Of a bundle: run it on inputs of yours and count where they lead."
+)
 @common_options
-def command(model: str, scan: bool, channels: bool, as_json: bool, verbose: bool) -> None:
-    """Show what is in a model: ops, weights, axes, control flow, custom ops.
+def command(model: str, scan: bool, channels: bool, calibration: str | None, as_json: bool, verbose: bool) -> None:
+    """Show what is in a model: ops, weights, axes, control flow, custom ops. Of a bundle: its plan.
 
     Weights are not read, however large, unless --weights asks for it.
     """
     from pathlib import Path
 
+    from graphopt.bundles.folder import is_bundle
     from graphopt.files import load_model
     from graphopt.inspection import describe, scan_weights
 
+    if is_bundle(Path(model)):
+        _inspect_bundle(Path(model), scan or channels, calibration, as_json=as_json, verbose=verbose)
+        return
+    if calibration is not None:
+        raise BadInput("--calibration is for bundles", where=model)
     loaded = load_model(model)
     found = describe(loaded, Path(model))
     if scan:
@@ -50,6 +67,96 @@ def command(model: str, scan: bool, channels: bool, as_json: bool, verbose: bool
     _show(found, None if verbose else TOP)
     for group, summaries in (classes or {}).items():
         _show_classes(group, summaries, None if verbose else TOP)
+
+
+def _inspect_bundle(bundle: Path, of_models: bool, calibration: str | None, *, as_json: bool, verbose: bool) -> None:
+    from graphopt.bundles.contents import bundle_contents
+
+    found = bundle_contents(bundle)
+    if of_models:
+        raise BadInput("--weights and --channels are for .onnx files", where=str(bundle), hint="give one of its blocks")
+    if calibration is not None:
+        found = dataclasses.replace(found, profile=_count(found, calibration, quiet=as_json))
+    if as_json:
+        print_json(found)
+    else:
+        _show_bundle(found, whole=verbose)
+
+
+def _count(found: BundleContents, calibration: str, *, quiet: bool) -> Profile:
+    """Run a bundle on the user's inputs, and count where they lead."""
+    from pathlib import Path
+
+    from graphopt.bundles.profile import Counts
+    from graphopt.bundles.running import BundleRunner, input_values
+    from graphopt.calibration import read_calibration
+
+    feeds = read_calibration(Path(calibration), input_values(found.plan))
+    counts = Counts()
+    runner = BundleRunner(found.path, course=counts)
+    with progress("running", len(feeds), enabled=not quiet) as advance:
+        for feed in feeds:
+            runner.run(feed)
+            counts.profile.inputs += 1
+            advance()
+    return counts.profile
+
+
+def _show_bundle(found: BundleContents, *, whole: bool) -> None:
+    from graphopt.bundles.drawing import draw
+
+    out = console()
+    top = None if whole else 3 * TOP
+    shared = f", {_size(found.shared_bytes)} of them read by several blocks" if found.shared_bytes else ""
+    out.print(
+        table(
+            ("bundle", str(found.path)),
+            [
+                ("version", found.version),
+                ("blocks", f"{len(found.blocks):,}, {sum(one.block.nodes for one in found.blocks):,} nodes"),
+                ("size", _size(found.bytes) + shared),
+            ],
+        )
+    )
+    out.print()
+    lines = draw(found.plan, found.profile, whole=whole)
+    width = MAX_WIDTH - (0 if found.profile is None else 2 + max(len(line.ran) for line in lines))
+    drawn = [(_hanging(line, width), *((line.ran,) if found.profile else ())) for line in lines]
+    out.print(table(("plan", *((("ran", "right"),) if found.profile else ())), _cut(drawn, top, "lines")))
+    out.print()
+    engines = any(one.block.backend for one in found.blocks)
+    rows = [
+        (
+            one.name,
+            f"{one.block.nodes:,}",
+            _size(one.bytes),
+            f"{one.used:,}",
+            _port_names(one.block.inputs, whole),
+            _port_names(one.block.outputs, whole),
+            *((one.block.backend or one.block.reason or "onnxruntime",) if engines else ()),
+        )
+        for one in found.blocks
+    ]
+    told = ("runs on",) if engines else ()
+    columns = ("block", ("nodes", "right"), ("size", "right"), ("used", "right"), "inputs", "outputs", *told)
+    out.print(table(columns, _cut(rows, top, "blocks")))
+
+
+def _hanging(line: Line, width: int) -> str:
+    """A line of a drawing, its continuations further in than itself."""
+    indent = "  " * line.depth
+    return "\n".join(
+        textwrap.wrap(
+            line.text, width, initial_indent=indent, subsequent_indent=f"{indent}      ", break_on_hyphens=False
+        )
+    )
+
+
+def _port_names(ports: Sequence[Port], whole: bool) -> str:
+    shown = ports if whole or len(ports) <= 4 else ports[:3]
+    names = [port.name if whole else _elide(port.name, 24) for port in shown]
+    more = len(ports) - len(shown)
+    return " ".join([*names, f"and {more} more"] if more else names)
 
 
 def _show(found: Inspection, top: int | None) -> None:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("graphopt.cli.verify", "Compare what two models compute."),
     "bench": ("graphopt.cli.bench", "Time models against each other."),
     "inspect": ("graphopt.cli.inspect", "Show what is in a model."),
+    "bundle": ("graphopt.cli.bundle", "Make a bundle one file again."),
     "passes": ("graphopt.cli.passes", "List the passes, or explain one."),
     "bisect": ("graphopt.cli.bisect", "Find the rewrite that breaks a tolerance."),
     "build": ("graphopt.cli.build", "Build an engine, on a machine with or without a GPU."),

@@ -10,19 +10,23 @@ import click
 
 from graphopt.cli.output import (
     HELP,
+    MOST_NAMES,
     common_options,
     console,
     print_json,
     progress,
     recipe_options,
     table,
+    tell_bytes,
     tell_distance,
     tell_inputs,
+    tell_ways,
     to_plain,
 )
 from graphopt.errors import BadInput
 
 if TYPE_CHECKING:
+    from graphopt.bundles.making import BundleFacts
     from graphopt.report import Report
 
 
@@ -31,7 +35,9 @@ MOST_NAMED = 4
 
 @click.command("optimize", context_settings=HELP)
 @click.argument("model", metavar="IN.onnx")
-@click.option("-o", "--out", metavar="OUT.onnx", help="Where to write. Default: IN.opt.onnx.")
+@click.option(
+    "-o", "--out", metavar="OUT.onnx", help="Where to write. Default: IN.opt.onnx, or IN.bundle with recipe static."
+)
 @recipe_options
 @click.option("--report", metavar="R.json", help="Write the report here, too.")
 @click.option("--no-verify", is_flag=True, help="Check the structure only, not the numbers.")
@@ -39,6 +45,7 @@ MOST_NAMED = 4
 @click.option("--evaluate", metavar="MODULE:FN", help="Your metric: FN(run) -> float, run(feeds) -> outputs.")
 @click.option("--min", "minimum", type=float, metavar="X", help="Least value of that metric.")
 @click.option("--fail-if", multiple=True, metavar="COND", help="Write nothing if it holds: 'cosine<0.999'; repeatable.")
+@click.option("--per-sample", is_flag=True, help="In a bundle: samples that are done leave the batch.")
 @click.option("--work", metavar="DIR", help="Keep long computations on weights here; an interrupted run goes on.")
 @common_options
 def command(
@@ -54,6 +61,7 @@ def command(
     evaluate: str | None,
     minimum: float | None,
     fail_if: tuple[str, ...],
+    per_sample: bool,
     work: str | None,
     as_json: bool,
     verbose: bool,
@@ -83,6 +91,7 @@ def command(
             minimum=minimum,
             fail_if=fail_if,
             work=work,
+            per_sample=per_sample,
             progress=lambda text: advance(1, text),
         )
     if report is not None:
@@ -160,7 +169,9 @@ def _show(report: Report, verbose: bool, named: set[str]) -> None:
     for p in report.passes:
         if p.kind == "lossy" and not p.kept:
             out.print(f"{p.name} was asked for and changed nothing: {p.error or p.reason or 'nothing matched'}")
-    out.print(_verdict(report))
+    if report.bundle is not None:
+        out.print("\n".join(_bundle(report.bundle, verbose)))
+    out.print(_verdict(report, verbose))
     out.print(f"wrote {after.path} in {report.seconds:.1f} s")
 
 
@@ -171,7 +182,22 @@ def _by_reason(near_misses: dict[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def _verdict(report: Report) -> str:
+def _bundle(bundle: BundleFacts, verbose: bool) -> list[str]:
+    """What a bundle is made of, a line each."""
+    shared = f", {bundle.shared} of them by a block that another has, too" if bundle.shared else ""
+    count = "1 block" if bundle.blocks == 1 else f"{bundle.blocks} blocks"
+    steps = "1 step" if bundle.steps == 1 else f"{bundle.steps} steps"
+    lines = [f"bundle: {count}, {steps}{shared}, {tell_bytes(bundle.bytes)}"]
+    if bundle.steps <= 1 and not bundle.kept:
+        lines.append("there is no control flow to split at")
+    reasons = [f"{name} stays inside a block: {reason}" for name, reason in bundle.kept.items()]
+    lines += reasons if verbose else reasons[:MOST_NAMES]
+    if len(lines) < len(reasons):
+        lines.append(f"and {len(reasons) - MOST_NAMES} more (--verbose lists them)")
+    return lines
+
+
+def _verdict(report: Report, verbose: bool) -> str:
     found = report.verification
     if found.verdict == "skipped":
         return "not verified (--no-verify)"
@@ -182,6 +208,7 @@ def _verdict(report: Report) -> str:
         f"{coverage['checked_alone']} of {coverage['applications']} rewrites one by one; all together with the"
         " runtime's optimizations off and on",
     ]
+    lines += tell_ways(coverage, verbose)
     if coverage["vacuous"]:
         lines.append(f"says nothing (constant on every input tried): {', '.join(coverage['vacuous'][:4])}")
     if coverage["opaque"]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from graphopt.report import Verification
 
 MAX_WIDTH = 100
+MOST_NAMES = 4
 # On every command, not only on the group: click remembers a command's help option from its first use.
 HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -139,6 +140,50 @@ def tell_distance(found: Verification) -> str:
     return f"largest difference {found.max_abs:.2g} (relative {found.max_rel:.2g}), cosine {found.cosine_min:.7f}"
 
 
+def tell_ways(coverage: Mapping[str, Any], verbose: bool) -> list[str]:
+    """Which ways of a network with control flow were checked, a line each; none where there was but one."""
+    found = coverage.get("ways")
+    if found is None or not (found["sides"] or found["turns"] or found["inside"] or found["free"]):
+        return []
+    if found["refused"]:
+        return [f"no decision was forced: {found['refused']}"]
+    lines = [f"{_count(found['tried'], 'way')} forced, each decision on its own and all alike"]
+    sides = [(f"{name} {side}", how) for name, both in found["sides"].items() for side, how in both.items()]
+    if sides:
+        count = {how: sum(1 for _, its in sides if its == how) for how in ("inputs", "forced", "never")}
+        lines.append(
+            f"{len(sides)} sides of branches: {count['inputs']} taken by the inputs, {count['forced']} only by force,"
+            f" {count['never']} not at all"
+        )
+    for what, names in (
+        ("never reached", [name for name, how in sides if how == "never"]),
+        ("inside a block, forced there", found["inside"]),
+        ("gone, and checked as the inputs take them", found["free"]),
+        ("the original itself fails when", [*found["failing"]]),
+    ):
+        if names:
+            lines.append(f"{what}: {_some(names, len(names) if verbose else MOST_NAMES)}")
+    if verbose:
+        lines += [
+            f"{name} turned {_numbers(counts['inputs'])} times by the inputs, {_numbers(counts['forced'])} by force"
+            for name, counts in found["turns"].items()
+        ]
+    return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _numbers(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts)) or "no"
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 @contextmanager
 def progress(what: str, total: float | None = None, *, enabled: bool = True) -> Iterator[Advance]:
     """Show on standard error, if that is a terminal, that something longer than a second is going on.
@@ -191,7 +236,7 @@ def recipe_options(function: _Function) -> _Function:
             "-r",
             multiple=True,
             metavar="R",
-            help="safe (default), fp16, int8, int4, lowrank or a YAML file; repeatable.",
+            help="safe (default), fp16, int8, int4, lowrank, static or a YAML file; repeatable.",
         ),
     ):
         function = option(function)

@@ -39,6 +39,7 @@ def command(out: str, target: str, threads: int, as_json: bool, verbose: bool) -
         ("elementwise, bytes", f"{found.costs.gigabytes:g} GB/s", f"{profile.gigabytes:g} GB/s"),
         ("single elements, bytes", f"{found.costs.scattered:g} GB/s", f"{profile.scattered:g} GB/s"),
         ("entering a branch", f"{found.costs.control_flow:g} us", f"{profile.control_flow:g} us"),
+        ("running a block of a bundle", f"{found.costs.block:g} us", f"{profile.block:g} us"),
     ]
     console().print(table(["cost", ("shipped", "right"), ("here", "right")], rows))
     console().print(f"wrote {out}")

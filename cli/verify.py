@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import click
 
-from graphopt.cli.output import HELP, common_options, console, print_json, progress, tell_distance, tell_inputs
+from graphopt.cli.output import (
+    HELP,
+    common_options,
+    console,
+    print_json,
+    progress,
+    tell_distance,
+    tell_inputs,
+    tell_ways,
+)
 
 
 @click.command("verify", context_settings=HELP)
-@click.argument("a", metavar="A.onnx")
-@click.argument("b", metavar="B.onnx")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
 @click.option("--calibration", metavar="F.npz|DIR", help="Inputs of your own: an .npz, or a folder of them.")
 @click.option("--custom-ops", metavar="LIB", help="Shared library of ONNX Runtime custom operators.")
 @click.option("--bitwise", is_flag=True, help="Ask for the same bits (optimizations off).")
@@ -31,11 +40,21 @@ def command(
 
     A with the runtime's optimizations off is the reference. B counts as the same where every output is no further from
     A's float64 result than four times A is. Exit 1 where it does not.
+
+    B, or both, may be a bundle: then every branch is forced both ways, and loops to no, one and many turns.
     """
     from graphopt.verifying import verify
 
-    with progress("verifying", enabled=not as_json):
-        report = verify(a, b, calibration=calibration, custom_ops=custom_ops, bitwise=bitwise, fail_if=fail_if)
+    with progress("verifying", enabled=not as_json) as advance:
+        report = verify(
+            a,
+            b,
+            calibration=calibration,
+            custom_ops=custom_ops,
+            bitwise=bitwise,
+            fail_if=fail_if,
+            progress=lambda text: advance(1, text),
+        )
     if as_json:
         print_json(report.to_json())
     else:
@@ -45,6 +64,8 @@ def command(
         out.print(
             f"{tell_distance(found)}\non {tell_inputs(found)}; yardstick: {found.coverage['reference']}",
         )
+        for line in tell_ways(found.coverage, verbose):
+            out.print(line)
         if found.coverage["vacuous"]:
             out.print(f"says nothing (constant on every input tried): {', '.join(found.coverage['vacuous'])}")
         if verbose:

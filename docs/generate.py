@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ import graphopt
 from graphopt.rewrite.contract import Saves, as_setting
 
 if TYPE_CHECKING:
+    from graphopt.bundles.plan import Plan
     from graphopt.rewrite import Pass
 
 DOCS = Path(__file__).resolve().parent
@@ -35,7 +37,7 @@ STAGES = {
 
 def pages() -> dict[Path, str]:
     """Every page that holds something generated, with what it should hold."""
-    found = {DOCS / "passes.md": passes_page(), DOCS / "cli.md": cli_page()}
+    found = {DOCS / "passes.md": passes_page(), DOCS / "cli.md": cli_page(), DOCS / "plan.schema.json": plan_schema()}
     for path in (*sorted(DOCS.glob("*.md")), ROOT / "README.md"):
         if path not in found and path.exists():
             text = path.read_text(encoding="utf-8")
@@ -198,6 +200,9 @@ def cli_page() -> str:
         command = group.get_command(context, name)
         assert command is not None
         parts.append(_command_section(name, command, context))
+        if isinstance(command, click.Group):
+            inside = click.Context(command, info_name=name, parent=context)
+            parts += [_command_section(f"{name} {word}", inner, inside) for word, inner in command.commands.items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -217,9 +222,81 @@ def _command_section(name: str, command: click.Command, parent: click.Context) -
             f"## graphopt {name}",
             f"```\n{usage}\n```",
             _markdown(command.help or ""),
-            md_table(["option", "meaning"], rows),
+            *([md_table(["option", "meaning"], rows)] if rows else []),
         ]
     )
+
+
+# -- plan.schema.json --------------------------------------------------------------------------------------------------
+
+
+def plan_schema() -> str:
+    """The JSON schema of a bundle's plan."""
+    from graphopt.bundles.plan import Plan
+
+    return json.dumps(Plan.model_json_schema(by_alias=True), indent=2) + "\n"
+
+
+# -- bundles.md --------------------------------------------------------------------------------------------------------
+
+EXAMPLE = """\
+<ir_version: 10, opset_import: ["" : 18]>
+classifier (float[1, 8] x, int64 turns) => (float[1, 2] y)
+  <float[8, 8] w = {WEIGHT}, float[8, 2] head = {HEAD}, float limit = {0.9}> {
+    h = MatMul (x, w)
+    guess = MatMul (h, head)
+    chance = Softmax (guess)
+    top = ReduceMax <keepdims = 0> (chance)
+    sure = Greater (top, limit)
+    y = If (sure) <
+        then_branch = exit () => (float[1, 2] early) { early = Identity (guess) },
+        else_branch = go_on () => (float[1, 2] late) {
+            last = Loop (turns, , h) <body = step (int64 i, bool on, float[1, 8] s) => (bool again, float[1, 8] t) {
+                again = Identity (on)
+                p = MatMul (s, w)
+                t = Tanh (p)
+            }>
+            late = MatMul (last, head)
+        }>
+}
+"""
+
+
+def example_network() -> str:
+    """The network of the page, as ONNX's own text."""
+    shown = re.sub(r" = \{(WEIGHT|HEAD)\}", "", EXAMPLE)
+    return f"```text\n{shown}```"
+
+
+def _example_plan() -> Plan:
+    import onnx.parser
+    import onnx_ir as ir
+
+    from graphopt.bundles import split
+
+    text = EXAMPLE.replace("WEIGHT", ", ".join(["0.5"] * 64)).replace("HEAD", ", ".join(["1"] * 16))
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    names = iter(("exit", "steps"))
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type in ("If", "Loop"):
+            node.name = next(names)
+    return split(model).plan
+
+
+def example_plan() -> str:
+    """Its plan, with short lists on one line."""
+    text = _example_plan().to_json()
+    for kind in (r"\[[^\[\]{}]*\]", r"\{[^\[\]{}]*(?:\[[^\[\]{}]*\])?[^\[\]{}]*\}"):
+        text = re.sub(kind, lambda match: one if len(one := " ".join(match[0].split())) <= 90 else match[0], text)
+    return f"```json\n{text}\n```"
+
+
+def example_drawing() -> str:
+    """Its plan drawn."""
+    from graphopt.bundles.drawing import draw
+
+    lines = "\n".join("  " * line.depth + line.text for line in draw(_example_plan()))
+    return f"```text\n{lines}\n```"
 
 
 # -- sections of other pages -------------------------------------------------------------------------------------------
@@ -281,11 +358,18 @@ def costs_section() -> str:
                 f"`{name}`",
                 *(
                     f"{v:g}"
-                    for v in (costs.node, costs.gigaflops, costs.gigabytes, costs.scattered, costs.control_flow)
+                    for v in (
+                        costs.node,
+                        costs.gigaflops,
+                        costs.gigabytes,
+                        costs.scattered,
+                        costs.control_flow,
+                        costs.block,
+                    )
                 ),
             )
         )
-    return md_table(["target", "node", "gigaflops", "gigabytes", "scattered", "control_flow"], rows, right=1)
+    return md_table(["target", "node", "gigaflops", "gigabytes", "scattered", "control_flow", "block"], rows, right=1)
 
 
 def signature(name: str) -> str:
@@ -309,6 +393,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "targets": targets_section,
     "quantised": quantised_section,
     "costs": costs_section,
+    "example_network": example_network,
+    "example_plan": example_plan,
+    "example_drawing": example_drawing,
     **{f"signature_{name}": partial(signature, name) for name in graphopt.__all__},
 }
 

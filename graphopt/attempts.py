@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.files import load_model
+from graphopt.inlining import inline_all
 from graphopt.rewrite.context import Context
 from graphopt.rewrite.contract import Kind, Pass
 from graphopt.rewrite.manager import PassRecord, run_passes
@@ -35,6 +36,7 @@ class Plan:
         feeds: Calibration cases; None where there are none.
         custom_ops: A library of custom operators.
         store: Results of long computations on weights, which every run of the passes asks for again.
+        bundle: Whether the result is to be split into a bundle.
     """
 
     source: Path
@@ -43,6 +45,24 @@ class Plan:
     feeds: Sequence[Mapping[str, Any]] | None = None
     custom_ops: Path | None = None
     store: Store = field(default_factory=Store)
+    bundle: bool = False
+
+    def load(self) -> ir.Model:
+        """The model as the passes get it: decisions have names, and a model that is to be split no functions."""
+        return self.ready(load_model(self.source))
+
+    def load_typed(self) -> ir.Model:
+        """What `load` gives, with types and shapes as far as inference gets."""
+        model = self.load()
+        infer_shapes(model)
+        return model
+
+    def ready(self, model: ir.Model) -> ir.Model:
+        """A model that was just loaded, changed in place to what `load` gives."""
+        if self.bundle:
+            inline_all(model)
+        graphs.name_control_flow(model)
+        return model
 
 
 @dataclass
@@ -84,8 +104,7 @@ def run_attempt(
         watch: Whether to watch the passes for T1.
         progress: Told the name of each pass.
     """
-    if model is None:
-        model = load_model(plan.source)
+    model = plan.load() if model is None else plan.ready(model)
     declared = {output for node in graphs.all_nodes(model) for output in node.outputs if output.type is not None}
     untyped = [(g, i) for g in graphs.all_graphs(model) for i, output in enumerate(g.outputs) if output.type is None]
     infer_shapes(model)

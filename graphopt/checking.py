@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from graphopt.attempts import Attempt, Plan, run_attempt
+from graphopt.bundles.forcing import force
 from graphopt.cases import feed_source
-from graphopt.errors import GateFailed
+from graphopt.errors import GateFailed, GraphoptError
 from graphopt.files import load_model, stage_model
 from graphopt.report import Verification
 from graphopt.rewrite.application import Application
@@ -32,10 +34,22 @@ _SIDE_BY_SIDE_BYTES = 1 << 28
 
 @dataclass
 class Checked:
-    """The outcome of checking one attempt: a verification, or what to leave out next time."""
+    """The outcome of checking one attempt: a verification, or what to leave out next time.
+
+    Attributes:
+        verification: What was found.
+        refused: Application key -> why it is to be left out.
+        reference: What the original computes.
+    """
 
     verification: Verification
     refused: dict[str, str] = field(default_factory=dict)
+    reference: Reference | None = None
+
+    @property
+    def needs_preparation(self) -> bool:
+        """Whether the model as it is does not run here."""
+        return self.reference is not None and self.reference.preparation.needed
 
 
 @dataclass
@@ -99,7 +113,45 @@ def check(plan: Plan, attempt: Attempt, candidate: Path) -> Checked:
             where=str(plan.source),
             hint="give real inputs with --calibration, or skip the check with --no-verify",
         )
-    return Checked(verification)
+    return Checked(verification, reference=reference)
+
+
+def check_bundle(plan: Plan, attempt: Attempt, checked: Checked, bundle: Path, say: Callable[[str], None]) -> Checked:
+    """T3 on a bundle: on the cases, and sent every way that it and the original can go.
+
+    Args:
+        plan: What was asked for.
+        attempt: The rewritten model.
+        checked: What `check` found of the same model in one file.
+        bundle: Its folder.
+        say: Is told what is being done.
+    """
+    from graphopt.bundles.rehearsal import rehearse
+    from graphopt.verification.replacements import Span
+
+    start = time.perf_counter()
+    assert checked.reference is not None
+    outcome = rehearse(
+        checked.reference,
+        plan.load_typed,
+        bundle,
+        bitwise=attempt.bitwise,
+        measure_only=attempt.lossy,
+        say=say,
+    )
+    if outcome.differences:
+        first = outcome.differences[0]
+        if outcome.at is not None:
+            # Did a rewrite do it, where the inputs alone did not lead?
+            culprit = _culprit(plan, Span(outcome.at, 0, None, attempt.bitwise, first), attempt)
+            if culprit is not None:
+                return Checked(checked.verification, {culprit.key: first})
+        raise GateFailed(f"the bundle is not the same: {first}", where=str(plan.source), hint="nothing was written")
+    verification = checked.verification
+    verification.add(**dataclasses.asdict(outcome.worst))
+    verification.coverage["ways"] = dataclasses.asdict(outcome.ways)
+    verification.seconds += time.perf_counter() - start
+    return checked
 
 
 def check_whole(
@@ -127,13 +179,15 @@ def check_whole(
     found: list[str] = []
     for deployed in (False, True):
         session = (sessions or {}).get(deployed)
-        results = run_file(candidate, reference, plan.custom_ops, deployed=deployed, session=session)
+        try:
+            results = run_file(candidate, reference, plan.custom_ops, deployed=deployed, session=session)
+        except GraphoptError as error:
+            found.append(f"it fails{', with the optimizations on' if deployed else ''}: {error.what}")
+            break
         if results is None:
             continue
         differences, worst = compare(reference, results, bitwise=bitwise and not deployed, deployed=deployed)
-        verification.max_abs = max(verification.max_abs, worst.max_abs)
-        verification.max_rel = max(verification.max_rel, worst.max_rel)
-        verification.cosine_min = min(verification.cosine_min, worst.cosine_min)
+        verification.add(**dataclasses.asdict(worst))
         found.extend(str(difference) for difference in differences if not (measure_only and difference.measured))
     reason = found[0] if found else None
     passed = "within budget" if measure_only else "passed"
@@ -184,11 +238,13 @@ def run_file(
     from graphopt.verification import runnable
     from graphopt.verification.whole import run_case, session_for
 
-    if reference.preparation.needed:
+    if reference.preparation.needed or reference.forced:
         if deployed and reference.preparation.twin:
             return None
         model = load_model(path)
         infer_shapes(model)
+        if reference.forced:
+            force(model)
         runnable.prepare(model, has_custom_ops=custom_ops is not None)
         made = session_for(model, optimized=deployed, custom_ops=custom_ops)
     elif session is not None:

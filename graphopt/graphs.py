@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +20,9 @@ RANDOM = frozenset(
     }
 )
 """Operators that may give something else in every run (Dropout while training)."""
+
+DECIDES = "graphopt.decides"
+"""Metadata of an If: a JSON list of [name of an If that went the same way, or the other way, and is gone, same]."""
 
 GRAPH_ATTRIBUTES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 # The standard operators that carry bodies. Asked for every node in every walk, so the answer must be quick.
@@ -234,6 +238,36 @@ def make_names_unique(model: ir.Model) -> None:
         suffixes[base] = count
         value.name = f"{base}_{count}"
         taken.add(value.name)
+
+
+def name_control_flow(model: ir.Model) -> None:
+    """Give every If, Loop and Scan a name of its own: its own if it can, and the same whenever the file is loaded.
+
+    Passes keep the names of nodes, so that what comes out can be compared decision by decision with what went in.
+    """
+    nodes = list(all_nodes(model))
+    found = [node for node in nodes if node.domain == "" and node.op_type in ("If", "Loop", "Scan")]
+    others = {node.name for node in nodes}
+    taken: set[str] = set()
+    later: list[ir.Node] = []
+    for node in found:
+        if not node.name or node.name in taken:
+            later.append(node)
+        else:
+            taken.add(node.name)
+    for node in later:
+        base = node.name or f"{node.op_type} of {node.outputs[0].name}"
+        name, count = base, 0
+        while name in taken or name in others:
+            count += 1
+            name = f"{base}_{count}"
+        node.name = name
+        taken.add(name)
+
+
+def decided_by(node: ir.Node) -> dict[str, bool]:
+    """The Ifs that went the same way as an If (True), or the opposite way, and are gone, by their names."""
+    return {str(name): bool(same) for name, same in json.loads(node.metadata_props.get(DECIDES, "[]"))}
 
 
 def _named_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -10,6 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,12 @@ import onnx_ir as ir
 
 from graphopt import garbage, gates, graphs
 from graphopt.attempts import Attempt, Plan, Progress, run_attempt
+from graphopt.bundles.folder import StagedBundle, check_bundle_target, stage_bundle
+from graphopt.bundles.making import BundleFacts, bundle_size, make_parts, write_profile
 from graphopt.cases import read_feeds
-from graphopt.checking import Checked, check
+from graphopt.checking import Checked, check, check_bundle
 from graphopt.errors import BadInput, GateFailed
-from graphopt.files import load_model, stage_model
+from graphopt.files import StagedSave, load_model, stage_model
 from graphopt.numerics.blas import single_threaded_blas
 from graphopt.recipes import load_recipes, passes_of
 from graphopt.report import ModelFacts, Report, Verification, environment, facts
@@ -54,13 +57,14 @@ def optimize(
     minimum: float | None = None,
     fail_if: Sequence[str] = (),
     work: str | Path | None = None,
+    per_sample: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Rewrite a model, verify it, and write it.
 
     Args:
         path: The ``.onnx`` file.
-        out: Where to write; default: ``NAME.opt.onnx`` beside it.
+        out: Where to write; default: ``NAME.opt.onnx`` beside it, ``NAME.bundle`` with a recipe that makes a bundle.
         recipe: Names of recipes or YAML files; they compose.
         settings: ``PASS.KEY=VALUE`` each; override the recipes.
         calibration: An ``.npz`` (one array an input, first axis the samples) or a folder (one ``.npz`` a feed).
@@ -71,6 +75,7 @@ def optimize(
         minimum: The least value of that metric.
         fail_if: Conditions such as ``cosine<0.999`` under which nothing is written.
         work: A folder for results of long computations on weights: a run that was interrupted goes on from there.
+        per_sample: Whether each sample of a bundle goes its own way; those that are done leave the batch.
         progress: Told in words what is being done.
 
     Returns:
@@ -84,7 +89,11 @@ def optimize(
     start = time.perf_counter()
     say = progress or (lambda text: None)
     source = Path(path)
-    destination = Path(out) if out is not None else source.with_name(f"{source.stem}.opt.onnx")
+    recipes = load_recipes(recipe)
+    bundle = any(found.bundle for found in recipes)
+    if per_sample and not bundle:
+        raise BadInput("--per-sample makes a bundle", hint="add --recipe static")
+    destination = _destination(source, out, bundle)
     say("reading")
     if verify:
         import_soon()
@@ -97,7 +106,6 @@ def optimize(
         raise BadInput("--min needs --evaluate MODULE:FN")
     if conditions and not verify:
         raise BadInput(f"--fail-if {conditions[0].text} has nothing to go by with --no-verify")
-    recipes = load_recipes(recipe)
     feeds = read_feeds(calibration, model)
     plan = Plan(
         source,
@@ -106,25 +114,43 @@ def optimize(
         feeds,
         Path(custom_ops) if custom_ops is not None else None,
         Store(Path(work) if work is not None else None),
+        bundle,
     )
     _require_budget(plan, verify=verify, has_budget=bool(conditions) or minimum is not None)
 
     undone: dict[str, str] = {}
     size = 0
+    made: BundleFacts | None = None
     reused: ir.Model | None = model
     for number in range(MAX_ATTEMPTS):
         attempt = run_attempt(plan, skip=undone, model=reused, watch=verify, progress=say)
         reused = None
         gates.require_lossy_effect(attempt.records, undone, str(source))
         say("writing")
-        with stage_model(attempt.model, destination) as staged:
+        with ExitStack() as stack:
+            staged = stack.enter_context(stage_model(attempt.model, _whole(destination, bundle)))
+            result: StagedSave | StagedBundle = staged
+            path = staged.staged_path
             if not verify:
                 verification = Verification()
                 checked = Checked(verification)
             else:
                 say("verifying")
                 with single_threaded_blas():
-                    checked = check(plan, attempt, staged.staged_path)
+                    checked = check(plan, attempt, path)
+            if bundle and not checked.refused:
+                say("splitting")
+                parts, made = make_parts(load_model(path), plan.target, per_sample=per_sample)
+                split_up = stack.enter_context(stage_bundle(parts, destination))
+                result, path = split_up, split_up.path
+                if verify:
+                    say("verifying the bundle")
+                    with single_threaded_blas():
+                        checked = check_bundle(plan, attempt, checked, path, say)
+                    if plan.feeds is not None and not checked.refused and not checked.needs_preparation:
+                        say("counting")
+                        write_profile(split_up, plan.feeds, plan.custom_ops)
+                made.bytes = bundle_size(split_up.version)
             if checked.refused:
                 undone.update(checked.refused)
                 if number >= MAX_ATTEMPTS - PATIENCE:
@@ -135,7 +161,7 @@ def optimize(
             verification = checked.verification
             if metric is not None:
                 say("evaluating")
-                verification.metric = _measure(metric, spec, source, staged.staged_path, minimum)
+                verification.metric = _measure(metric, spec, source, path, minimum)
             if conditions and verification.coverage["random"]:
                 raise GateFailed(
                     "the model draws random numbers, so there is nothing to measure",
@@ -144,8 +170,8 @@ def optimize(
                 )
             for condition in conditions:
                 condition.check(verification)
-            size = sum(file.stat().st_size for file in staged.staged_path.parent.iterdir())
-            staged.commit()
+            size = made.bytes if made is not None else bundle_size(path.parent)
+            result.commit()
         break
     else:
         key, reason = next(iter(undone.items()))
@@ -164,7 +190,25 @@ def optimize(
         target=plan.target.name,
         undone=undone,
         seconds=time.perf_counter() - start,
+        bundle=made,
     )
+
+
+def _destination(source: Path, out: str | Path | None, bundle: bool) -> Path:
+    """Where the result goes; refused where it cannot be a bundle."""
+    name = f"{source.stem}.bundle" if bundle else f"{source.stem}.opt.onnx"
+    destination = source.with_name(name) if out is None else Path(out)
+    if bundle:
+        if destination.suffix == ".onnx":
+            hint = "give a name without .onnx"
+            raise BadInput("the result is a bundle, which is a folder", where=str(out), hint=hint)
+        check_bundle_target(destination)
+    return destination
+
+
+def _whole(destination: Path, bundle: bool) -> Path:
+    """Where the model in one file is staged; that of a bundle is not put in place."""
+    return destination.with_name(f"{destination.name}.onnx") if bundle else destination
 
 
 def _whole_passes(refused: Mapping[str, str], attempt: Attempt) -> dict[str, str]:

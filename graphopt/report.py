@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.bundles.making import BundleFacts
 from graphopt.rewrite.manager import PassRecord
 
 LIBRARIES = ("graphopt", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "torch")
@@ -40,7 +41,9 @@ class Verification:
         cases: How many feeds were run.
         coverage: ``applications`` and how many were ``checked_alone``; ``outputs`` and the ``vacuous`` among them;
             ``opaque`` nodes and nodes ``unchecked`` behind them; ``reference``: what rounding was measured against;
-            ``twin``: whether narrow floats were checked through float32; ``feeds``: calibration or synthesised.
+            ``twin``: whether narrow floats were checked through float32; ``feeds``: calibration or synthesised;
+            ``ways``, of a bundle: where its decisions went by the feeds and where they were sent
+            (`graphopt.bundles.rehearsal.Ways`).
         metric: The user's own metric, before and after, where there is one.
     """
 
@@ -53,10 +56,16 @@ class Verification:
     metric: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def add(self, max_abs: float, max_rel: float, cosine_min: float) -> None:
+        """Count further distances."""
+        self.max_abs = max(self.max_abs, max_abs)
+        self.max_rel = max(self.max_rel, max_rel)
+        self.cosine_min = min(self.cosine_min, cosine_min)
+
 
 @dataclass
 class Report:
-    """The result of ``optimize``."""
+    """The result of ``optimize``; ``bundle`` where it is one."""
 
     input: ModelFacts
     output: ModelFacts | None
@@ -67,6 +76,7 @@ class Report:
     target: str
     undone: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    bundle: BundleFacts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for ``json.dumps``."""

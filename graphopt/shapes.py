@@ -8,7 +8,7 @@ knows less the declaration stays, for estimates, and ``trusted_shape`` gives onl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -28,10 +28,15 @@ _MADE_UP = "unk__"
 _PLACEHOLDERS = frozenset({"", "?", "-1", "None", "none", "null", "unk", "unknown", "dynamic", "Dynamic", "*"})
 
 
-def infer_shapes(model: ir.Model) -> None:
-    """Fill in types and shapes that onnx can infer. What it cannot stays as it is: partial knowledge is success."""
+def infer_shapes(model: ir.Model, proven: Mapping[ir.Value, ir.Shape] | None = None) -> None:
+    """Fill in types and shapes that onnx can infer. What it cannot stays as it is: partial knowledge is success.
+
+    Args:
+        model: Is changed.
+        proven: What the caller knows of results of nodes and of inputs of bodies, where onnx gives up.
+    """
     try:
-        proto = _skeleton(model)
+        proto = _skeleton(model, proven or {})
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except Exception as error:  # a model that onnx's inference cannot digest is still a model
         logger.info("shape inference stopped: %s", error)
@@ -76,12 +81,12 @@ def inherit_trust(value: ir.Value, source: ir.Value) -> None:
 # -- the model without its weights -------------------------------------------------------------------------------------
 
 
-def _skeleton(model: ir.Model) -> onnx.ModelProto:
+def _skeleton(model: ir.Model, proven: Mapping[ir.Value, ir.Shape]) -> onnx.ModelProto:
     """The model as a proto with the content of small constants only, and without declared inner shapes."""
     proto = onnx.ModelProto(ir_version=10)
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=_inferred_as(model, domain, version))
-    _write_graph(proto.graph, model.graph, main=True)
+    _write_graph(proto.graph, model.graph, proven, main=True)
     for function in model.functions.values():
         proto.functions.append(ir.to_proto(function))
     return proto
@@ -98,28 +103,42 @@ def _inferred_as(model: ir.Model, domain: str, version: int) -> int:
     return 13 if trains else 14
 
 
-def _write_graph(proto: onnx.GraphProto, graph: ir.Graph, *, main: bool) -> None:
+def _write_graph(proto: onnx.GraphProto, graph: ir.Graph, proven: Mapping[ir.Value, ir.Shape], *, main: bool) -> None:
     proto.name = graph.name or "graph"
     for value in graph.inputs:
         # A caller's array must match a static axis of a model input; nothing checks what a body declares.
-        _declare(proto.input.add(), value, shape=value.shape if main else None)
+        _declare(proto.input.add(), value, shape=value.shape if main else proven.get(value))
     for value in graph.initializers.values():
         if value.const_value is not None and not value.is_graph_input():
             _write_tensor(proto.initializer.add(), value.const_value, value.name or "")
+    if not main:
+        _write_outer_constants(proto, graph)
     for node in graph:
         made = proto.node.add()
         made.op_type, made.domain, made.overload = node.op_type, node.domain, node.overload
         made.input.extend([v.name or "" if v is not None else "" for v in node.inputs])
         made.output.extend([v.name or "" for v in node.outputs])
         for attribute in node.attributes.values():
-            _write_attribute(made, attribute)
+            _write_attribute(made, attribute, proven)
+        for value in node.outputs:
+            if value in proven and value.type is not None and not value.is_graph_output():
+                _declare(proto.value_info.add(), value, shape=proven[value])
         if node.domain not in ("", "ai.onnx", "ai.onnx.ml"):
             # What onnx does not know keeps what the file says of it.
             for value in node.outputs:
                 if value.name and value.type is not None and not value.is_graph_output():
                     _declare(proto.value_info.add(), value, shape=value.shape)
     for value in graph.outputs:
-        _declare(proto.output.add(), value, shape=None)
+        _declare(proto.output.add(), value, shape=proven.get(value))
+
+
+def _write_outer_constants(proto: onnx.GraphProto, graph: ir.Graph) -> None:
+    """Small constants of the graphs around, which inference does not look for: axes and sizes."""
+    values = dict.fromkeys(value for node in graph for value in node.inputs if value is not None)
+    for value in values:
+        tensor = graphs.constant_tensor(value) if value.graph is not graph else None
+        if tensor is not None and tensor.nbytes <= _SMALL_BYTES and value.name:
+            _write_tensor(proto.initializer.add(), tensor, value.name)
 
 
 def _declare(info: onnx.ValueInfoProto, value: ir.Value, *, shape: ir.Shape | None) -> None:
@@ -135,12 +154,12 @@ def _without_placeholders(shape: ir.Shape) -> ir.Shape:
     return ir.Shape([d if isinstance(d, int) or (d.value or "") not in _PLACEHOLDERS else None for d in shape])
 
 
-def _write_attribute(node: onnx.NodeProto, attribute: ir.Attr) -> None:
+def _write_attribute(node: onnx.NodeProto, attribute: ir.Attr, proven: Mapping[ir.Value, ir.Shape]) -> None:
     made = node.attribute.add()
     if not attribute.is_ref():
         if attribute.type is ir.AttributeType.GRAPH:
             made.name, made.type = attribute.name, onnx.AttributeProto.GRAPH
-            _write_graph(made.g, attribute.as_graph(), main=False)
+            _write_graph(made.g, attribute.as_graph(), proven, main=False)
             return
         if attribute.type is ir.AttributeType.TENSOR:
             made.name, made.type = attribute.name, onnx.AttributeProto.TENSOR

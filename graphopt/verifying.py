@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
 
 from graphopt import gates
-from graphopt.attempts import Plan
+from graphopt.attempts import Plan, Progress
+from graphopt.bundles import plan as plans
+from graphopt.bundles.folder import is_bundle, read_bundle
+from graphopt.bundles.ports import port as plan_port
+from graphopt.bundles.rehearsal import rehearse
 from graphopt.cases import read_feeds
-from graphopt.checking import check_whole, coverage_of, reference_of, says_nothing
+from graphopt.checking import WholeCheck, check_whole, coverage_of, reference_of, says_nothing
 from graphopt.errors import BadInput
-from graphopt.files import load_model
+from graphopt.files import load_model, save_model
 from graphopt.numerics.blas import single_threaded_blas
 from graphopt.report import Verification
 from graphopt.shapes import infer_shapes
 from graphopt.targets import load_target
 from graphopt.verification.structure import Interface, Port, interface_of
+
+if TYPE_CHECKING:
+    from graphopt.verification.whole import Reference
 
 
 @dataclass
@@ -52,39 +62,46 @@ def verify(
     custom_ops: str | Path | None = None,
     bitwise: bool = False,
     fail_if: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Run two models on the same inputs and compare.
 
     A, with the runtime's optimizations off, is the reference; B is run that way and as deployed. B counts as the same
-    where every output is no further from A's float64 result than four times A is, plus one eps.
+    where every output is no further from A's float64 result than four times A is, plus one eps. Where B is a bundle,
+    both are also sent every way that they can go: each If both ways, loops to no, one and many turns.
 
     Args:
-        a: The reference.
-        b: The candidate.
+        a: The reference: a model, or a bundle.
+        b: The candidate: likewise.
         calibration: Inputs to use; default: synthesised for A.
         custom_ops: A shared library of ONNX Runtime custom operators.
         bitwise: Ask for the same bits with optimizations off.
         fail_if: Conditions to use instead of the rounding rule.
+        progress: Told in words what is being done.
 
     Raises:
         BadInput: A file or option cannot be used, or B does not take A's inputs and give its outputs.
     """
     start = time.perf_counter()
     conditions = [gates.parse_fail_if(text) for text in fail_if]
-    original, candidate = load_model(a), load_model(b)
-    require_same_interface(interface_of(original), interface_of(candidate), str(b))
-    infer_shapes(original)
-    plan = Plan(
-        Path(a),
-        load_target("onnxruntime"),
-        list,
-        read_feeds(calibration, original),
-        Path(custom_ops) if custom_ops is not None else None,
-    )
-    reference = reference_of(plan, original)
-    outcome = check_whole(plan, reference, Path(b), bitwise=bitwise, measure_only=bool(conditions))
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        source = _as_model(Path(a), Path(folder) / "merged.onnx")
+        original = load_model(source)
+        _require_same_interface(original, Path(b))
+        infer_shapes(original)
+        plan = Plan(
+            source,
+            load_target("onnxruntime"),
+            list,
+            read_feeds(calibration, original),
+            Path(custom_ops) if custom_ops is not None else None,
+            bundle=is_bundle(Path(b)),
+        )
+        reference = reference_of(plan, original)
+        compare = _compare_bundle if plan.bundle else _compare_model
+        outcome = compare(plan, reference, Path(b), bitwise, bool(conditions), progress or (lambda text: None))
     verification = outcome.verification
-    verification.coverage = coverage_of(plan, reference)
+    verification.coverage |= coverage_of(plan, reference)
     reason = outcome.reason or ""
     for condition in conditions:
         if condition.holds(verification):
@@ -94,6 +111,47 @@ def verify(
     verification.verdict = "failed" if reason else "passed"
     verification.seconds = time.perf_counter() - start
     return VerifyReport(not reason, reason, verification, outcome.differences)
+
+
+def _compare_model(
+    plan: Plan, reference: Reference, candidate: Path, bitwise: bool, measure_only: bool, say: Progress
+) -> WholeCheck:
+    say("running both")
+    return check_whole(plan, reference, candidate, bitwise=bitwise, measure_only=measure_only)
+
+
+def _compare_bundle(
+    plan: Plan, reference: Reference, candidate: Path, bitwise: bool, measure_only: bool, say: Progress
+) -> WholeCheck:
+    outcome = rehearse(reference, plan.load_typed, candidate, bitwise=bitwise, measure_only=measure_only, say=say)
+    verification = Verification(cases=len(reference.feeds), coverage={"ways": dataclasses.asdict(outcome.ways)})
+    for worst in (outcome.worst, outcome.forced):
+        verification.add(**dataclasses.asdict(worst))
+    return WholeCheck(verification, next(iter(outcome.differences), None), outcome.differences)
+
+
+def _as_model(path: Path, merged: Path) -> Path:
+    """The file of a model; of a bundle, what it is in one file."""
+    if not is_bundle(path):
+        return path
+    from graphopt.bundles.merge import merge_bundle
+
+    save_model(merge_bundle(path), merged)
+    return merged
+
+
+def _require_same_interface(original: ir.Model, candidate: Path) -> None:
+    if is_bundle(candidate):
+        _, plan = read_bundle(candidate)
+        theirs = Interface(_ports(plan.inputs), _ports(plan.outputs))
+        mine = Interface(_ports(map(plan_port, original.graph.inputs)), _ports(map(plan_port, original.graph.outputs)))
+    else:
+        mine, theirs = interface_of(original), interface_of(load_model(candidate))
+    require_same_interface(mine, theirs, str(candidate))
+
+
+def _ports(ports: Iterable[plans.Port]) -> tuple[Port, ...]:
+    return tuple(Port(one.name, one.type, str(one.shape)) for one in ports)
 
 
 def require_same_interface(a: Interface, b: Interface, where: str) -> None:

@@ -44,6 +44,18 @@ def test_generated_parts_are_up_to_date(page: Path) -> None:
     assert page.read_text(encoding="utf-8") == generate.pages()[page], "run: python -m docs.generate"
 
 
+def test_the_schema_of_plans_is_up_to_date() -> None:
+    path = DOCS / "plan.schema.json"
+    assert path.read_text(encoding="utf-8") == generate.pages()[path], "run: python -m docs.generate"
+
+
+def test_the_example_of_a_plan_is_a_plan() -> None:
+    from graphopt.bundles.plan import Plan
+
+    (text,) = blocks(DOCS / "bundles.md", "json")
+    assert Plan.model_validate_json(text) == generate._example_plan()
+
+
 @pytest.mark.parametrize("cls", generate.own_passes(), ids=lambda cls: cls.name)
 def test_every_pass_explains_itself(cls: Any) -> None:
     explained = cls.explanation
@@ -267,9 +279,9 @@ RESULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {
             "by_kind": {"barrier": {"places": 9, "mutants": 4, "killed": 3, "equivalent": 1}},
             "killed_by": {"wrong result": 3},
-            "survivors": [{"file": "a.cu", "line": 3, "before": "sync();", "after": ";"}],
+            "survivors": [{"file": "a.cu", "line": 3, "before": "sync();", "after": ";", "how": "Harmless."}],
         },
-        ["| barrier | 9 | 4 | 3 | 1 |", "Caught by: 3 wrong result", "- a.cu:3: `sync();` → `;`"],
+        ["| barrier | 9 | 4 | 3 | 1 |", "Caught by: 3 wrong result", "- a.cu:3: `sync();` → `;`. Harmless."],
     ),
     "rtx_models": (
         {
@@ -297,6 +309,42 @@ RESULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
             },
         },
         ["| net | 2.0 | 3.0 | 0.50 | 400 | 8 |", "| as it is | 10 | 6 | 4 | 1 | 2 | 3 | 5 |"],
+    ),
+    "dynamic": (
+        {
+            "allowed": 1e-4,
+            "families": {
+                "net": {
+                    "title": "Net",
+                    "dycl": [2.12, 10.6],
+                    "paths": 7,
+                    "differences": {"unsplit": 1e-6, "bundle": 3e-6},
+                    "own_differences": {"bundle": 2e-6},
+                    "shares": [0.5, 0.125],
+                    "rounds": 12,
+                    "cpu": {"bundle_over_eager": {"value": 3.21, "low": 3, "high": 4}, "bundle_over_unsplit": RATIO},
+                    "blocks": 3,
+                    "blocks_split": 7,
+                    "bundle_bytes": 5e6,
+                }
+            },
+        },
+        ["12 rounds", "| Net | 7 | 3e-06 | 12%+ | 3.2 (3.0-4.0) | 2.1; 10.6 | 1.25 (1.20-1.30) | 3 of 7 | 5 |"],
+    ),
+    "per_sample": (
+        {
+            "batch": 32,
+            "families": [
+                {
+                    "family": "Net",
+                    "leaving": [20, 12],
+                    "ms": {"work": 100.4, "per sample": 104, "all or none": 250, "one at a time": 120},
+                    "ratio": {"wall": RATIO, "cpu": RATIO},
+                    "speedup": {"all or none": RATIO, "one at a time": RATIO},
+                }
+            ],
+        },
+        ["| 32 images, ms |", "| Net | 20+12 | 100 | 104 | 250 | 120 | 1.25 (1.20 to 1.30) |"],
     ),
 }
 
@@ -372,7 +420,8 @@ FROM_README = dict.fromkeys(("recipes.md", "low-rank.md"), ("graphopt export", "
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["README.md", *(f"docs/{page}.md" for page in ("recipes", "low-rank", "targets", "verification"))]
+    "name",
+    ["README.md", *(f"docs/{page}.md" for page in ("recipes", "low-rank", "targets", "verification", "bundles"))],
 )
 def test_what_a_page_shows_runs_as_printed(name: str, workplace: Path) -> None:
     page = ROOT / name

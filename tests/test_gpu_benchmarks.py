@@ -20,7 +20,7 @@ from benchmarks.cublas import Cublas, CublasLt, Product
 from benchmarks.gpu_pivot import Case, Contender, Row, find_libraries, interval, measure, measurements, write_measured
 from benchmarks.torch_products import Torch
 from graphopt.benchmarking import on_gpu
-from graphopt.engines.measured import load_measurements
+from graphopt.engines.plugins.measured import load_measurements
 from graphopt.errors import GraphoptError, MissingDependency
 from graphopt.gpu import arrays
 from graphopt.gpu.context import Context

@@ -83,7 +83,7 @@ graphopt.optimize(r"{tmp_path}/m.onnx")
 def test_the_api_and_the_commands_have_the_same_names() -> None:
     import graphopt
 
-    commands = {name.replace("-", "_") for name in COMMANDS} - {"passes", "profile_target", "import"} | {
+    commands = {name.replace("-", "_") for name in COMMANDS} - {"bundle", "passes", "profile_target", "import"} | {
         "import_factors"
     }
     assert commands | {"load"} == set(graphopt.__all__)

@@ -140,9 +140,9 @@ def test_passes_are_made_anew_each_time(recipe: Callable[..., str]) -> None:
     [
         (
             "saef",
-            "no recipe 'saef' (did you mean safe? there are fp16, int4, int8, lowrank, safe; or give a .yaml file)",
+            "no recipe 'saef' (did you mean safe? there are fp16, int4, int8, lowrank, safe, static; or give a .yaml ",
         ),
-        ("xyzzy", "no recipe 'xyzzy' (there are fp16, int4, int8, lowrank, safe; or give a .yaml file)"),
+        ("xyzzy", "no recipe 'xyzzy' (there are fp16, int4, int8, lowrank, safe, static; or give a .yaml file)"),
         ("", "no recipe ''"),
         ("nowhere.yaml", "nowhere.yaml: no such file (--recipe takes a name or a .yaml file)"),
     ],

@@ -341,12 +341,14 @@ def test_a_profile_follows_from_the_times(monkeypatch: pytest.MonkeyPatch) -> No
         return total
 
     monkeypatch.setattr(profiling, "_seconds", seconds)
+    monkeypatch.setattr(profiling, "_seconds_of_a_call", lambda *given: 3e-6 + seconds(*given))
     profile = profiling.measure(load_target("onnxruntime"))
     assert profile.node == pytest.approx(2.0, rel=0.05)
     assert profile.gigaflops == pytest.approx(50, rel=0.05)
     assert profile.gigabytes == pytest.approx(10, rel=0.2)
     assert profile.scattered == pytest.approx(2.5, rel=0.2)
     assert profile.control_flow == pytest.approx(3.0, abs=2.1)
+    assert profile.block == pytest.approx(3.0, rel=0.05)  # without what the operators take
 
 
 def test_a_backend_that_is_not_here_cannot_be_measured() -> None:
@@ -362,3 +364,4 @@ def test_measuring_gives_positive_costs(monkeypatch: pytest.MonkeyPatch) -> None
     assert profile.gigabytes > 0
     assert profile.scattered > 0
     assert profile.control_flow >= 0
+    assert profile.block >= 0

@@ -1,4 +1,4 @@
-"""What takes part in a benchmark: files on the CPU or on a GPU, engines, torch modules; loaded, and what ran them."""
+"""What takes part in a benchmark: files, bundles, engines, torch modules; loaded, and what ran them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from graphopt.bundles.contents import bundle_bytes
+from graphopt.bundles.folder import is_bundle, read_bundle
+from graphopt.bundles.running import BundleRunner
 from graphopt.runtime.flavour import onnxruntime_flavour
 from graphopt.runtime.loading import BACKEND_FOR_SUFFIX, OnnxRuntimeRunner, Runner, load
 
@@ -18,7 +21,7 @@ class Entry:
     """What takes part: its path (or how torch's factory is called), and what runs it."""
 
     path: Path
-    kind: Literal["onnx", "onnx-cuda", "engine", "torch"]
+    kind: Literal["onnx", "onnx-cuda", "bundle", "engine", "torch"]
 
 
 def entries_of(
@@ -31,6 +34,8 @@ def entries_of(
     for file in files:
         if file in engines:
             yield Entry(file, "engine")
+        elif is_bundle(file):
+            yield Entry(file, "bundle")
         else:
             yield Entry(file, "onnx-cuda" if on_cuda else "onnx")
     for spec in torch:
@@ -42,9 +47,14 @@ def is_engine(path: Path) -> bool:
     return BACKEND_FOR_SUFFIX.get(path.suffix) == "tensorrt"
 
 
+def holds_engines(bundle: Path) -> bool:
+    """Whether blocks of a bundle are engines. Raises BadInput where it is no bundle."""
+    return any(block.backend is not None for block in read_bundle(bundle)[1].blocks.values())
+
+
 def load_entry(entry: Entry, threads: int) -> Runner:
     """Load what takes part with what runs it."""
-    if entry.kind in ("onnx", "engine"):
+    if entry.kind in ("onnx", "bundle", "engine"):
         return _load(entry.path, threads)
     from graphopt.benchmarking.on_gpu import OnnxCudaRunner, TorchRunner
 
@@ -52,9 +62,14 @@ def load_entry(entry: Entry, threads: int) -> Runner:
 
 
 def _load(path: Path, threads: int) -> Runner:
-    if threads > 1 and path.suffix == ".onnx" and path.exists():
-        # A thread pool that spins after a run would take the processor from the model that comes next.
-        return OnnxRuntimeRunner(path, threads, config={"session.force_spinning_stop": "1"})
+    if threads == 1 or not path.exists():
+        return load(path, threads=threads)
+    # A thread pool that spins after a run would take the processor from the model that comes next.
+    config = {"session.force_spinning_stop": "1"}
+    if path.suffix == ".onnx":
+        return OnnxRuntimeRunner(path, threads, config=config)
+    if is_bundle(path) and not holds_engines(path):
+        return BundleRunner(path, threads, config=config)
     return load(path, threads=threads)
 
 
@@ -78,7 +93,9 @@ def model_bytes(entry: Entry, runner: Runner) -> int:
 
 
 def file_bytes(path: Path) -> int:
-    """The size of a model's file, with the files that hold its external data."""
+    """The size of a model's file, with the files that hold its external data; of a bundle's version, all its files."""
+    if is_bundle(path):
+        return bundle_bytes(path)
     total = path.stat().st_size
     if path.suffix != ".onnx":
         return total
@@ -117,7 +134,7 @@ def environment(entries: Sequence[Entry]) -> dict[str, str]:
     import platform
 
     here = {"python": platform.python_version(), "machine": platform.machine()}
-    if not any(entry.kind in ("onnx", "onnx-cuda") for entry in entries):
+    if not any(entry.kind in ("onnx", "onnx-cuda", "bundle") for entry in entries):
         return here
     name, version = onnxruntime_flavour()
     return {name: version, **here}

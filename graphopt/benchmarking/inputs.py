@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.benchmarking.entries import is_engine
+from graphopt.benchmarking.entries import holds_engines, is_engine
+from graphopt.bundles.folder import is_bundle
+from graphopt.bundles.merge import merge_bundle
 from graphopt.errors import BadInput
 from graphopt.feeds import Feeds
 from graphopt.runtime.loading import Runner
@@ -49,7 +51,7 @@ def feeds_for(
     if calibration is None:
         best: dict[str, Sequence[int]] = engines[0].shapes_to_try()  # type: ignore[attr-defined]
         shapes = {**best, **(shapes or {})}
-    source = next((index for index, file in enumerate(files) if file.suffix == ".onnx"), None)
+    source = next((index for index, file in enumerate(files) if file.suffix == ".onnx" or _can_merge(file)), None)
     if source is not None:
         return _feeds(files[source], runners[source], shapes, calibration, seed)
     if calibration is not None:
@@ -76,9 +78,9 @@ def _feeds(
     from graphopt.feeds import feeds_that_run
     from graphopt.files.load import load_model
 
-    if path.suffix != ".onnx":
-        raise BadInput("the first model must be an .onnx file: inputs are made up from it", where=str(path))
-    model = load_model(path)
+    if path.suffix != ".onnx" and not _can_merge(path):
+        raise BadInput("the first model must be an .onnx file or a bundle: inputs are made up from it", where=str(path))
+    model = merge_bundle(path) if is_bundle(path) else load_model(path)
     if calibration is not None:
         from graphopt.calibration import read_calibration
 
@@ -86,6 +88,11 @@ def _feeds(
             raise BadInput("--shapes and --calibration exclude each other")
         return list(read_calibration(calibration, model.graph.inputs)[:3])
     return feeds_that_run(model, runner.run, seed=seed, shapes=shapes)
+
+
+def _can_merge(path: Path) -> bool:
+    """Whether a file is a bundle from which inputs can be made up."""
+    return is_bundle(path) and not holds_engines(path)
 
 
 def known_inputs(runner: Runner, feeds: Feeds) -> Feeds:

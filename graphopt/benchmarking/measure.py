@@ -54,7 +54,7 @@ def bench(
     """Time models against each other, and compare their outputs.
 
     Args:
-        paths: The models, ONNX files and engines; the first is what the others are compared with.
+        paths: The models: ONNX files, bundles and engines; the first is what the others are compared with.
         shapes: Sizes to use for some inputs (see `graphopt.feeds.synthesise_feeds`).
         calibration: The user's own inputs, instead of made-up ones. The first feed is timed.
         threads: Threads within an operator. With 1, processor time is the model's own.
@@ -79,7 +79,7 @@ def bench(
     entries = [*entries_of(paths, device, torch)]
     files = [entry.path for entry in entries]
     say(0, "loading")
-    if any(entry.kind in ("onnx", "onnx-cuda") for entry in entries):
+    if any(entry.kind in ("onnx", "onnx-cuda", "bundle") for entry in entries):
         import_onnxruntime()  # once, and not part of what loading takes
     began = time.perf_counter()
     runners = [load_entry(entry, threads) for entry in entries]
@@ -104,9 +104,15 @@ def bench(
         gpu = next((describe_gpu(runner) for runner in runners if hasattr(runner, "program")), None)
         sizes = [model_bytes(entry, runner) for entry, runner in zip(entries, runners, strict=True)]
         del calls
+    alone = [
+        entry.kind in ("onnx", "bundle") and not hasattr(runner, "context")
+        for entry, runner in zip(entries, runners, strict=True)
+    ]
     runners = []  # their memory is not needed while the children load theirs
     say(0, "measuring memory")
-    peaks = [peak_bytes(entry.path, feeds[0], threads) if entry.kind == "onnx" else None for entry in entries]
+    peaks = [
+        peak_bytes(entry.path, feeds[0], threads) if here else None for entry, here in zip(entries, alone, strict=True)
+    ]
     first = samples[0]
     models = [
         ModelTiming(

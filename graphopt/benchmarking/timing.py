@@ -13,6 +13,7 @@ import numpy as np
 from graphopt.benchmarking.device import CallTimes, DeviceCall
 from graphopt.benchmarking.results import GpuTiming
 from graphopt.benchmarking.stats import percentiles, ratio_interval
+from graphopt.bundles.running import BundleRunner
 from graphopt.feeds import Feeds
 from graphopt.runtime.loading import OnnxRuntimeRunner, Runner
 
@@ -27,7 +28,9 @@ def bound(runner: Runner, feeds: Feeds) -> Callable[[], object]:
     """The model's run on one feed, without checking the feed every time where the runner can do without."""
     if hasattr(runner, "program"):
         return DeviceCall(runner.program(feeds), feeds)
-    return runner.bind(feeds) if isinstance(runner, OnnxRuntimeRunner) else lambda: runner.run(feeds)
+    if isinstance(runner, OnnxRuntimeRunner | BundleRunner):
+        return runner.bind(feeds)
+    return lambda: runner.run(feeds)
 
 
 def time_block(

@@ -12,10 +12,14 @@ file: a bundle that is being written is the old one or the new one at any time, 
 
 from __future__ import annotations
 
+import filecmp
 import json
+import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 
 import onnx_ir as ir
 import xxhash
@@ -23,22 +27,24 @@ from pydantic import ValidationError
 
 from graphopt.bundles.plan import Plan
 from graphopt.bundles.split import Split
-from graphopt.errors import BadInput
-from graphopt.files.folder import STAGING_SUFFIX, as_one_line, locked, remove_leftovers
+from graphopt.errors import BadInput, GraphoptError
+from graphopt.files.folder import STAGING_SUFFIX, as_one_line, locked, remove_leftovers, take_lock
 from graphopt.files.placement import Slot, goes_outside, tensor_slots
 from graphopt.files.writing import saved_form, serialise, write_data, write_file
 
 CURRENT, PLAN = "current", "plan.json"
 _VERSION = 16
+_PART = 1 << 20
 _WEIGHTS = "weights"
 
 
-def write_bundle(parts: Split, bundle: str | Path) -> Path:
+def write_bundle(parts: Split, bundle: str | Path, *, files: Iterable[Path] = ()) -> Path:
     """Write a split network as the current version of a bundle, and take earlier versions away.
 
     Args:
-        parts: What was split.
+        parts: What was split; the blocks that it holds are written as ONNX files.
         bundle: A folder; made where it is not there. Its parent must be.
+        files: What else lies in the version, such as engines; copied under their own names.
 
     Returns:
         The folder of the version.
@@ -47,32 +53,153 @@ def write_bundle(parts: Split, bundle: str | Path) -> Path:
         BadInput: There is something else at that place.
         GraphoptError: It cannot be written; the bundle is as it was.
     """
-    folder = Path(bundle)
-    if folder.exists() and not is_bundle(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput("is no bundle, and would be replaced", where=str(folder), hint="give another name")
-    if not folder.absolute().parent.is_dir():
-        raise BadInput("no such folder", where=str(folder.parent), hint=f"mkdir -p {folder.parent}")
-    with as_one_line(folder):
-        folder.mkdir(exist_ok=True)
-        remove_leftovers(folder / _WEIGHTS)
-        staging = Path(tempfile.mkdtemp(prefix=f".{_WEIGHTS}.", suffix=STAGING_SUFFIX, dir=folder))
-    try:
-        _write_blocks(parts, staging, folder)
-        write_file(staging / PLAN, parts.plan.to_json().encode() + b"\n", folder)
-        version = folder / _digest(staging)
-        with as_one_line(folder), locked(folder):
-            if version.exists():
-                shutil.rmtree(version)  # the same content, unless somebody changed it
-            staging.replace(version)
-            pointer = folder / f".{CURRENT}{STAGING_SUFFIX}"
-            pointer.write_text(f"{version.name}\n")
-            pointer.replace(folder / CURRENT)
-            for other in folder.iterdir():
+    with stage_bundle(parts, bundle, files=files) as staged:
+        return staged.commit()
+
+
+class StagedBundle:
+    """A bundle written completely but not yet in place. Made by `stage_bundle`.
+
+    Use it as a context manager: leaving the block without `commit` discards it.
+
+    Attributes:
+        path: A bundle in a hidden folder beside the target, which can be loaded. `commit` moves its content away.
+        version: The folder of its one version.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self.path = Path(
+            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=STAGING_SUFFIX, dir=target.absolute().parent)
+        )
+        # The lock lives as long as the process: a later save can tell a leftover from one that is going on.
+        self._lock: int | None = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        take_lock(self._lock, wait=False)
+        self.version = self.path / "version"
+        self.version.mkdir()
+
+    def __enter__(self) -> StagedBundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+    def write(self, parts: Split, files: Iterable[Path]) -> None:
+        """Write all of it. Called once, by `stage_bundle`."""
+        _write_blocks(parts, self.version, self._target)
+        with as_one_line(self._target):
+            for file in files:
+                shutil.copyfile(file, self.version / file.name)
+        write_file(self.version / PLAN, parts.plan.to_json().encode() + b"\n", self._target)
+        with as_one_line(self._target):
+            (self.path / CURRENT).write_text(f"{self.version.name}\n")
+
+    def commit(self) -> Path:
+        """Put the version in place, atomically, and take earlier ones away.
+
+        Returns:
+            The folder of the version.
+
+        Raises:
+            GraphoptError: The target cannot be written to; it is as it was.
+        """
+        if self._lock is None:
+            raise GraphoptError("this bundle was committed or discarded already", where=str(self._target))
+        with as_one_line(self._target), locked(self._target.absolute().parent):
+            name = _digest(self.version)
+            if is_bundle(self._target):
+                version = _put_beside(self.version, self._target, name)
+            else:
+                self._rename(name)
+                self.path.chmod(0o777 & ~_umask())  # a temporary folder is for its owner only
+                self.path.replace(self._target)  # where there is a folder, it is empty
+                version = self._target / name
+            for other in self._target.iterdir():
                 if other.is_dir() and other != version and (other / PLAN).exists():
                     shutil.rmtree(other, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return version
+        self.discard()
+        return version
+
+    def _rename(self, name: str) -> None:
+        self.version.replace(self.path / name)
+        (self.path / CURRENT).write_text(f"{name}\n")
+
+    def discard(self) -> None:
+        """Remove everything staged; after `commit` there is nothing left to remove."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def stage_bundle(parts: Split, bundle: str | Path, *, files: Iterable[Path] = ()) -> StagedBundle:
+    """Write a split network beside its target without replacing the target.
+
+    Args:
+        parts, bundle, files: As for `write_bundle`.
+
+    Returns:
+        The staged bundle: check ``path``, then ``commit()`` or ``discard()``.
+
+    Raises:
+        BadInput: The target is something else than a bundle, or its folder is not there.
+        GraphoptError: Writing failed. Nothing is left behind.
+    """
+    target = Path(bundle)
+    check_bundle_target(target)
+    with as_one_line(target):
+        remove_leftovers(target)
+        staged = StagedBundle(target)
+        try:
+            staged.write(parts, files)
+        except BaseException:
+            staged.discard()
+            raise
+    return staged
+
+
+def check_bundle_target(target: Path) -> None:
+    """Refuse a place that a bundle cannot be written to.
+
+    Raises:
+        BadInput: There is something else than a bundle, its folder is not there, or may not be written to.
+    """
+    if target.exists() and not is_bundle(target) and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput("is no bundle, and would be replaced", where=str(target), hint="give another name")
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise BadInput("no such folder", where=str(target.parent), hint=f"mkdir -p {target.parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise BadInput("no permission to write here", where=str(target.parent), hint="write to another folder")
+
+
+def _put_beside(version: Path, bundle: Path, name: str) -> Path:
+    """A version in a bundle, its current one from now on; what is there already stays."""
+    place, count = bundle / name, 0
+    while place.exists() and not _same_files(place, version):
+        count += 1
+        place = bundle / f"{name}-{count}"
+    if not place.exists():
+        version.replace(place)
+    pointer = bundle / f".{CURRENT}{STAGING_SUFFIX}"
+    pointer.write_text(f"{place.name}\n")
+    pointer.replace(bundle / CURRENT)
+    return place
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    if names != sorted(path.name for path in other.iterdir()):
+        return False
+    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def is_bundle(path: Path) -> bool:
@@ -141,5 +268,7 @@ def _digest(folder: Path) -> str:
     for name in sorted(path.name for path in folder.iterdir()):
         digest.update(name.encode())
         if not name.endswith(".data"):
-            digest.update((folder / name).read_bytes())
+            with (folder / name).open("rb") as file:
+                while part := file.read(_PART):
+                    digest.update(part)
     return digest.hexdigest()[:_VERSION]

@@ -7,6 +7,7 @@ to ask a condition, to count, to cut and to stack.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
@@ -42,12 +43,16 @@ class Block(_Part):
         file: In the bundle's folder.
         inputs, outputs: As the network names them.
         nodes: How many operators it has.
+        backend: Whose engine the file is, ``tensorrt`` or ``tensorrt-rtx``; None: an ONNX file, for ONNX Runtime.
+        reason: Of a block that stayed an ONNX file where others became engines: why.
     """
 
     file: str
     inputs: list[Port]
     outputs: list[Port]
     nodes: int
+    backend: str | None = None
+    reason: str | None = None
 
 
 class Run(_Part):
@@ -72,6 +77,8 @@ class Branch(_Part):
         condition: A value with one boolean, asked as ``if``.
         then, otherwise: What to do.
         gives: Value -> what it is after ``then``, and after ``otherwise``.
+        decides: Branches that the network had and that went the same way (true) or the opposite one.
+        each: Whether the condition has one boolean for each sample, and samples go apart.
     """
 
     branch: str
@@ -79,6 +86,8 @@ class Branch(_Part):
     then: list[Step] = []
     otherwise: list[Step] = Field(default=[], alias="else")
     gives: dict[str, tuple[str, str]] = {}
+    decides: dict[str, bool] = {}
+    each: bool = False
 
 
 class State(_Part):
@@ -89,12 +98,14 @@ class State(_Part):
         start: The value of the first turn.
         next: The value after a turn.
         gives: The value after the last turn; None where nobody asks.
+        like: What the network says of it; None where it does not say its shape.
     """
 
     name: str
     start: str
     next: str
     gives: str | None = None
+    like: Port | None = None
 
 
 class Slice(_Part):
@@ -143,6 +154,7 @@ class Loop(_Part):
         state, slices, stacks: What turns hand on, get and make.
         body: What a turn does.
         again: A value of the body with one boolean, whether there is a next turn; None: yes.
+        each: Whether samples leave after their own last turn: trips, condition or again have one element for each.
     """
 
     loop: str
@@ -155,6 +167,7 @@ class Loop(_Part):
     stacks: list[Stack] = []
     body: list[Step] = []
     again: str | None = None
+    each: bool = False
 
 
 def _kind(step: object) -> str:
@@ -178,6 +191,8 @@ class Plan(_Part):
         gives: Output -> the value that it is.
         blocks: Name -> static network.
         steps: What to do, in this order.
+        samples: Where samples go their own ways: value -> the axis along which it has them. Others are the same for
+            all samples.
     """
 
     version: Literal[1] = 1
@@ -186,10 +201,12 @@ class Plan(_Part):
     gives: dict[str, str]
     blocks: dict[str, Block] = {}
     steps: list[Step] = []
+    samples: dict[str, int] = {}
 
     def to_json(self) -> str:
-        """As it is written to a file: two spaces, keys in the order of the schema, nothing that is a default."""
-        return self.model_dump_json(indent=2, by_alias=True, exclude_defaults=True)
+        """As it is written to a file: two spaces, keys in the order of the schema, no default but the version."""
+        content = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        return json.dumps({"version": self.version, **content}, indent=2, ensure_ascii=False)
 
 
 def lists_in(step: Run | Branch | Loop) -> Sequence[list[Step]]:
@@ -205,37 +222,3 @@ def walk(steps: Sequence[Step]) -> Iterator[Run | Branch | Loop]:
         yield step
         for inner in lists_in(step):
             yield from walk(inner)
-
-
-def reads(step: Run | Branch | Loop) -> Iterator[str]:
-    """The values that a step reads by itself, without those that steps in it do."""
-    if isinstance(step, Run):
-        yield from step.reads.values()
-    elif isinstance(step, Branch):
-        yield step.condition
-    else:
-        yield from (name for name in (step.trips, step.condition) if name is not None)
-        yield from (state.start for state in step.state)
-        yield from (part.of for part in step.slices)
-
-
-def makes(step: Run | Branch | Loop) -> Iterator[str]:
-    """The values that stand after a step, for the steps that follow it."""
-    if isinstance(step, Run):
-        yield from step.makes.values()
-    elif isinstance(step, Branch):
-        yield from step.gives
-    else:
-        yield from (state.gives for state in step.state if state.gives is not None)
-        yield from (stack.gives for stack in step.stacks)
-
-
-def results(step: Run | Branch | Loop, inner: int) -> Iterator[str]:
-    """The values that one of a step's lists is run for: those of ``lists_in(step)[inner]``."""
-    if isinstance(step, Branch):
-        yield from (pair[inner] for pair in step.gives.values())
-    elif isinstance(step, Loop):
-        yield from (state.next for state in step.state)
-        yield from (stack.each for stack in step.stacks)
-        if step.again is not None:
-            yield step.again

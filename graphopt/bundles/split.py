@@ -7,23 +7,24 @@ Bodies are split likewise, with what they take from around them as further input
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.bundles.plan import Block, Branch, Loop, Plan, Port, Run, Slice, Stack, State, Step
-from graphopt.editing import read_instead
+from graphopt.bundles.extracting import can_be_shared, content_of, extract, hand_on, named
+from graphopt.bundles.flow import begun_with, makes, reads
+from graphopt.bundles.plan import Block, Branch, Loop, Plan, Run, Slice, Stack, State, Step, walk
+from graphopt.bundles.ports import declared, like, port
+from graphopt.bundles.rows import SAMPLES
+from graphopt.bundles.segments import segments_of, wanted_of
 from graphopt.errors import BadInput
-from graphopt.shapes import infer_shapes, trusted_shape
+from graphopt.shapes import infer_shapes
 
 SPLIT = frozenset({"If", "Loop", "Scan"})
 _SCAN = 9
 """The first opset whose Scan has no batch axis of its own; an older one stays in a block."""
-_SEQUENCE_AND_OPTIONAL = {ir.SequenceType: "seq", ir.OptionalType: "optional"}
-_RUNTIME_NAMES = {"FLOAT": "float", "DOUBLE": "double"}
 
 Keep = Callable[[ir.Node], bool]
 
@@ -81,25 +82,36 @@ class _Splitter:
         steps, results = self.steps(graph)
         plan = Plan(
             inputs=[port(value) for value in graph.inputs],
-            outputs=[_declared(value) for value in graph.outputs],
+            outputs=[declared(value) for value in graph.outputs],
             gives={output.name or "": name for output, name in zip(graph.outputs, results, strict=True)},
             blocks=self.described,
             steps=steps,
         )
+        plan.samples = self.samples(plan)
         return Split(plan, self.blocks, self.shared)
 
-    def steps(self, graph: ir.Graph) -> tuple[list[Step], list[str]]:
-        """The steps that a graph stands for, and for each of its outputs the value that it is after them."""
-        nodes = [node for node in graph if not (node.op_type == "Constant" and node.domain == "")]
+    def steps(
+        self, graph: ir.Graph, outputs: Sequence[ir.Value] | None = None, spared: Sequence[ir.Node] = ()
+    ) -> tuple[list[Step], list[str]]:
+        """The steps that a graph stands for, and for each of its outputs the value that it is after them.
+
+        Args:
+            graph: Of the network, or a body of it.
+            outputs: Those of its outputs that are asked for; None: all of them.
+            spared: Nodes whose results nobody asks for.
+        """
+        outputs = graph.outputs if outputs is None else outputs
+        passed = {value: source for value in outputs if (source := _passed_on(value, graph)) is not None}
+        outputs = [value for value in outputs if value not in passed]
+        spared = [*spared, *(maker for value in passed if (maker := value.producer()) and not value.uses())]
+        nodes = [node for node in graph if not _is_constant(node) and node not in spared]
         turns = [node for node in nodes if self._is_split(node)]
-        segments = _segments(nodes, turns, graph)
-        wanted = _wanted(segments, turns, graph)
+        segments = segments_of(nodes, turns)
+        wanted = wanted_of(segments, turns, outputs)
         steps: list[Step] = []
-        asked = [*(value for node in turns for value in self._host_reads(node)), *graph.outputs]
+        asked = [*(value for node in turns for value in self._host_reads(node)), *outputs]
         handed_on = [
-            _handed_on(value)
-            for value in dict.fromkeys(asked)
-            if graphs.is_constant(value) and _graph_of(value) is graph
+            hand_on(value) for value in dict.fromkeys(asked) if graphs.is_constant(value) and _graph_of(value) is graph
         ]
         segments[0] += handed_on
         wanted[0] += [node.outputs[0] for node in handed_on]
@@ -108,7 +120,7 @@ class _Splitter:
                 steps.append(self.run(segment, wanted[place]))
             if place < len(turns):
                 steps.append(self.turn(turns[place]))
-        return steps, [_named(value) for value in graph.outputs]
+        return steps, [named(passed.get(value, value)) for value in graph.outputs]
 
     def turn(self, node: ir.Node) -> Step:
         """The step that a node of control flow stands for."""
@@ -117,8 +129,8 @@ class _Splitter:
         return self.loop(node) if node.op_type == "Loop" else self.scan(node)
 
     def branch(self, node: ir.Node) -> Branch:
-        then, first = self.steps(node.attributes["then_branch"].as_graph())
-        otherwise, second = self.steps(node.attributes["else_branch"].as_graph())
+        bodies = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+        (then, first), (otherwise, second) = (self.steps(body, _asked(body.outputs, node.outputs)) for body in bodies)
         assert node.inputs[0] is not None
         gives = {
             output.name: (one, other)
@@ -128,54 +140,51 @@ class _Splitter:
         return Branch.model_validate(
             {
                 "branch": _name_of(node),
-                "if": _named(node.inputs[0]),
+                "if": named(node.inputs[0]),
                 "then": then,
                 "else": otherwise,
                 "gives": gives,
+                "decides": graphs.decided_by(node),
+                "each": SAMPLES in node.metadata_props,
             }
         )
 
     def loop(self, node: ir.Node) -> Loop:
         body = node.attributes["body"].as_graph()
-        steps, results = self.steps(body)
+        spared = _always_again(body)
         trips, condition, *starts = [*node.inputs, None, None][: max(2, len(node.inputs))]
         counter, goes, *carried = body.inputs
-        used = {output.name: output for output in node.outputs if _is_asked(output)}
-        finals = node.outputs[: len(carried)]
-        state = [
-            State(
-                name=inner.name or "",
-                start=_named(start),
-                next=after,
-                gives=final.name if final.name in used else None,
-            )
-            for inner, start, after, final in zip(carried, starts, results[1:], finals, strict=False)
-            if start is not None
-        ]
+        handed_on = body.outputs[0 if spared is None else 1 : 1 + len(carried)]
+        stacked = _asked(body.outputs[1 + len(carried) :], node.outputs[len(carried) :])
+        steps, results = self.steps(body, [*handed_on, *stacked], spared or ())
+        used = {output.name for output in node.outputs if _is_asked(output)}
         rows = zip(
             body.outputs[1 + len(carried) :], results[1 + len(carried) :], node.outputs[len(carried) :], strict=True
         )
         return Loop(
             loop=_name_of(node),
-            trips=None if trips is None else _named(trips),
-            condition=None if condition is None else _named(condition),
-            counter=port(counter) if _is_asked(counter) else None,
-            goes=port(goes) if _is_asked(goes) else None,
-            state=state,
+            trips=None if trips is None else named(trips),
+            condition=None if condition is None else named(condition),
+            # A scalar or one axis, as the body says: nothing else tells.
+            counter=declared(counter) if _is_asked(counter) else None,
+            goes=declared(goes) if _is_asked(goes, spared or ()) else None,
+            state=_states(carried, starts, results[1:], node.outputs),
             stacks=[
-                Stack(each=each, gives=given.name or "", part=_declared(part))
+                Stack(each=each, gives=given.name or "", part=declared(part))
                 for part, each, given in rows
                 if given.name in used
             ],
             body=steps,
-            again=results[0],
+            again=results[0] if spared is None else None,
+            each=SAMPLES in node.metadata_props,
         )
 
     def scan(self, node: ir.Node) -> Loop:
         body = node.attributes["body"].as_graph()
-        steps, results = self.steps(body)
         count = node.attributes["num_scan_inputs"].as_int()
         carried = len(node.inputs) - count
+        parts_made = _asked(body.outputs[carried:], node.outputs[carried:])
+        steps, results = self.steps(body, [*body.outputs[:carried], *parts_made])
         used = {output.name for output in node.outputs if _is_asked(output)}
 
         def ints(name: str, length: int) -> Sequence[int]:
@@ -187,17 +196,9 @@ class _Splitter:
         stacked = len(node.outputs) - carried
         return Loop(
             loop=_name_of(node),
-            state=[
-                State(
-                    name=inner.name or "",
-                    start=_named(start),
-                    next=after,
-                    gives=final.name if final.name in used else None,
-                )
-                for inner, start, after, final in zip(body.inputs, starts, results, node.outputs, strict=False)
-            ],
+            state=_states(body.inputs, starts, results, node.outputs),
             slices=[
-                Slice(name=inner.name or "", of=_named(whole), axis=axis, backwards=bool(direction))
+                Slice(name=inner.name or "", of=named(whole), axis=axis, backwards=bool(direction))
                 for inner, whole, axis, direction in zip(
                     body.inputs[carried:],
                     parts,
@@ -207,7 +208,7 @@ class _Splitter:
                 )
             ],
             stacks=[
-                Stack(each=each, gives=given.name or "", axis=axis, backwards=bool(direction), part=_declared(part))
+                Stack(each=each, gives=given.name or "", axis=axis, backwards=bool(direction), part=declared(part))
                 for part, each, given, axis, direction in zip(
                     body.outputs[carried:],
                     results[carried:],
@@ -223,8 +224,8 @@ class _Splitter:
 
     def run(self, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> Run:
         """The step that runs some nodes, as a new block or as one that computes the same."""
-        block, reads = _extract(nodes, outputs, self.model)
-        key = _content(block)
+        block, reads = extract(nodes, outputs, self.model)
+        key = content_of(block) if can_be_shared(block) else f"block_{self.made + 1}"
         ins = [value.name or "" for value in reads]
         outs = [value.name or "" for value in outputs]
         if key in self.known:
@@ -240,7 +241,7 @@ class _Splitter:
         self.described[name] = Block(
             file=f"{name}.onnx",
             inputs=[port(value) for value in block.graph.inputs],
-            outputs=[port(value) for value in block.graph.outputs],
+            outputs=[port(value) for value in outputs],
             nodes=graphs.count_nodes(block),
         )
         return Run(run=name, reads=dict(zip(ins, ins, strict=True)), makes=dict(zip(outs, outs, strict=True)))
@@ -255,84 +256,74 @@ class _Splitter:
                     yield from self._host_reads(inner)
 
     def _is_split(self, node: ir.Node) -> bool:
-        if node.domain != "" or node.op_type not in SPLIT or self.keep(node):
-            return False
-        return node.op_type != "Scan" or graphs.opset(self.model) >= _SCAN
+        return can_split(node, self.model) and (samples_part(node) or not self.keep(node))
+
+    def samples(self, plan: Plan) -> dict[str, int]:
+        """Of the values in a plan, those that have samples, and along which axis."""
+        names = {port.name for port in plan.inputs} | set(plan.gives.values())
+        for step in walk(plan.steps):
+            names.update((*reads(step), *makes(step)))
+            if isinstance(step, Loop):
+                names.update(begun_with(step))
+        found = (
+            (value.name or "", value.metadata_props[SAMPLES])
+            for graph in graphs.nested_graphs(self.model.graph)
+            for value in (*graph.inputs, *(output for node in graph for output in node.outputs))
+            if SAMPLES in value.metadata_props
+        )
+        return {name: int(axis) for name, axis in found if name in names}
 
 
-def _named(value: ir.Value) -> str:
-    """What the host calls a value: by its name, or where it is a constant by that of what hands it on."""
-    return f"{value.name}:value" if graphs.is_constant(value) else value.name or ""
+def samples_part(node: ir.Node) -> bool:
+    """Whether samples go different ways at a node, or in it: only a host can do that."""
+    nodes = (inner for body in graphs.subgraphs(node) for inner in graphs.nested_nodes(body))
+    return any(SAMPLES in found.metadata_props for found in (node, *nodes))
 
 
-def port(value: ir.Value) -> Port:
-    """A value as it is written in a plan.
-
-    Raises:
-        BadInput: Its type is not known.
-    """
-    if value.type is None:
-        raise BadInput(f"the type of the value '{value.name}' is not known", hint="declare it, or run shape inference")
-    shape = trusted_shape(value)
-    sizes = None if shape is None else [size if isinstance(size, int) else size.value for size in shape]
-    return Port(name=value.name or "", type=_type_text(value.type), shape=sizes)
+def can_split(node: ir.Node, model: ir.Model) -> bool:
+    """Whether a node is control flow that a host can do."""
+    if node.domain != "" or node.op_type not in SPLIT:
+        return False
+    return node.op_type != "Scan" or graphs.opset(model) >= _SCAN
 
 
-def _declared(value: ir.Value) -> Port:
-    """As `port`, with the shape that is declared where none is known: as told by the network, or where nothing ran."""
-    made = port(value)
-    if made.shape is None and value.shape is not None:
-        made.shape = [size if isinstance(size, int) else size.value for size in value.shape]
-    return made
+def _asked(results: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> list[ir.Value]:
+    """The results of a body that stand for outputs of its node that somebody reads."""
+    return [result for result, output in zip(results, outputs, strict=True) if output.name and _is_asked(output)]
 
 
-def _type_text(kind: ir.TypeProtocol) -> str:
-    for wrapper, word in _SEQUENCE_AND_OPTIONAL.items():
-        if isinstance(kind, wrapper):
-            return f"{word}({_type_text(kind.elem_type)})"
-    name = kind.dtype.name
-    return f"tensor({_RUNTIME_NAMES.get(name, name.lower())})"
+def _is_asked(value: ir.Value, spared: Sequence[ir.Node] = ()) -> bool:
+    return any(use.node not in spared for use in value.uses()) or value.is_graph_output()
 
 
-# -- where nodes go ----------------------------------------------------------------------------------------------------
+def _always_again(body: ir.Graph) -> list[ir.Node] | None:
+    """Of a loop that goes on whenever it has begun a turn, the nodes that only say so; None where a body may end it."""
+    said = body.outputs[0]
+    if said in body.outputs[1:]:
+        return None
+    only: list[ir.Node] = []
+    while said is not body.inputs[1]:
+        if graphs.is_constant(said):
+            tensor = graphs.constant_tensor(said)
+            return only if tensor is not None and bool(tensor.numpy().all()) else None
+        node = said.producer()
+        if node is None or node.graph is not body or (node.domain, node.op_type) != ("", "Identity"):
+            return None
+        others = len(said.uses()) - bool(only) + (said.is_graph_output() and bool(only))
+        if others or node.inputs[0] is None:
+            return None
+        only.append(node)
+        said = node.inputs[0]
+    return only
 
 
-def _segments(nodes: Sequence[ir.Node], turns: Sequence[ir.Node], graph: ir.Graph) -> list[list[ir.Node]]:
-    """The nodes before the first turn, between turns, and after the last, each as early as it can be."""
-    segments: list[list[ir.Node]] = [[] for _ in range(len(turns) + 1)]
-    place_of: dict[ir.Node, int] = {}
-    turn_of = {node: index for index, node in enumerate(turns)}
-    for node in nodes:
-        place = 0
-        for value in graphs.read_by(node):
-            maker = value.producer()
-            if maker is not None and maker in place_of:
-                place = max(place, place_of[maker])
-        if node in turn_of:
-            place_of[node] = turn_of[node] + 1
-        else:
-            place_of[node] = place
-            segments[place].append(node)
-    return segments
-
-
-def _wanted(segments: Sequence[Sequence[ir.Node]], turns: Sequence[ir.Node], graph: ir.Graph) -> list[list[ir.Value]]:
-    """For each segment the values that others read: turns and what is in them, later segments, the graph's outputs."""
-    home = {output: index for index, segment in enumerate(segments) for node in segment for output in node.outputs}
-    wanted: list[dict[ir.Value, None]] = [{} for _ in segments]
-    for index, segment in enumerate(segments):
-        for node in segment:
-            for value in graphs.read_by(node):
-                if value in home and home[value] != index:
-                    wanted[home[value]][value] = None
-    for value in (*(value for node in turns for value in graphs.read_by(node)), *graph.outputs):
-        if value in home:
-            wanted[home[value]][value] = None
-    return [list(values) for values in wanted]
-
-
-def _is_asked(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
+def _passed_on(value: ir.Value, body: ir.Graph) -> ir.Value | None:
+    """What a side of an If gives as it got it from around; ONNX needs a node for that, and a host nothing."""
+    if body.inputs:
+        return None  # the network, or what turns
+    maker = value.producer()
+    source = maker.inputs[0] if maker is not None and (maker.domain, maker.op_type) == ("", "Identity") else None
+    return None if source is None or graphs.is_constant(source) or _graph_of(source) is body else source
 
 
 def _graph_of(value: ir.Value) -> object:
@@ -340,108 +331,27 @@ def _graph_of(value: ir.Value) -> object:
     return producer.graph if producer is not None else value.graph
 
 
+def _states(
+    inner: Sequence[ir.Value], starts: Sequence[ir.Value | None], after: Sequence[str], finals: Sequence[ir.Value]
+) -> list[State]:
+    """What turns hand on; as many as there are starts, which all the others begin with."""
+    return [
+        State(
+            name=value.name or "",
+            start=named(start),
+            next=later,
+            gives=final.name if final.name and _is_asked(final) else None,
+            like=like(value),
+        )
+        for value, start, later, final in zip(inner, starts, after, finals, strict=False)
+        if start is not None
+    ]
+
+
+def _is_constant(node: ir.Node) -> bool:
+    """Whether blocks that read what a node makes have it as a constant of their own."""
+    return node.op_type == "Constant" and node.domain == "" and graphs.is_constant(node.outputs[0])
+
+
 def _name_of(node: ir.Node) -> str:
     return node.name or f"{node.op_type} of {node.outputs[0].name}"
-
-
-# -- blocks ------------------------------------------------------------------------------------------------------------
-
-
-def _handed_on(value: ir.Value) -> ir.Node:
-    """A constant as a value that the host has."""
-    name = _named(value)
-    made = ir.Value(name=name, type=value.type, shape=value.shape)
-    tensor = graphs.constant_tensor(value)
-    if made.type is None and tensor is not None:
-        made.type, made.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-    return ir.Node("", "Identity", [value], outputs=[made], name=f"{name}/identity")
-
-
-def _extract(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value], model: ir.Model) -> tuple[ir.Model, list[ir.Value]]:
-    """A network of copies of some nodes, and the values of the original that it reads, in the order of its inputs."""
-    copies: dict[ir.Value, ir.Value] = {}
-    inputs: list[ir.Value] = []
-    constants: list[ir.Value] = []
-
-    def mirrored(value: ir.Value) -> ir.Value:
-        if value not in copies:
-            tensor = graphs.constant_tensor(value) if graphs.is_constant(value) else None
-            made = ir.Value(name=value.name, type=value.type, shape=trusted_shape(value), const_value=tensor)
-            if tensor is None:
-                inputs.append(value)
-            else:
-                made.type = made.type or ir.TensorType(tensor.dtype)
-                constants.append(made)
-            copies[value] = made
-        return copies[value]
-
-    made = [_copy(node, mirrored, copies) for node in nodes]
-    graph = ir.Graph(
-        [copies[value] for value in inputs],
-        [copies[value] for value in outputs],
-        nodes=made,
-        initializers=constants,
-        opset_imports=dict(model.opset_imports),
-        name="block",
-    )
-    return ir.Model(graph, ir_version=model.ir_version, producer_name="graphopt"), inputs
-
-
-def _copy(node: ir.Node, mirrored: Callable[[ir.Value], ir.Value], copies: dict[ir.Value, ir.Value]) -> ir.Node:
-    reads = [None if value is None else mirrored(value) for value in node.inputs]
-    attributes = []
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            attributes.append(ir.AttrGraph(attribute.name, _copy_body(attribute.as_graph(), mirrored)))
-        else:
-            attributes.append(attribute)
-    made = [ir.Value(name=value.name, type=value.type, shape=trusted_shape(value)) for value in node.outputs]
-    copies.update(zip(node.outputs, made, strict=True))
-    return ir.Node(node.domain, node.op_type, reads, attributes, overload=node.overload, outputs=made, name=node.name)
-
-
-def _copy_body(body: ir.Graph, mirrored: Callable[[ir.Value], ir.Value]) -> ir.Graph:
-    copy = body.clone(allow_outer_scope_values=True)
-    read_instead(copy, {value: mirrored(value) for value in graphs.captured_values(copy)})
-    return copy
-
-
-def _content(block: ir.Model) -> str:
-    """What a block computes, whatever its values are called: the same for blocks that may stand for each other."""
-    digest = hashlib.sha256()
-    numbers: dict[ir.Value, int] = {}
-
-    def number(value: ir.Value | None) -> int:
-        return -1 if value is None else numbers.setdefault(value, len(numbers))
-
-    def tell(*what: object) -> None:
-        digest.update(repr(what).encode())
-
-    def graph(inner: ir.Graph) -> None:
-        for value in inner.inputs:
-            tell("in", number(value), str(value.type), str(value.shape))
-        for value in inner.initializers.values():
-            tensor = value.const_value
-            assert tensor is not None
-            tell("constant", number(value), str(tensor.dtype), tensor.shape.numpy())
-            digest.update(_bytes_of(tensor))
-        for node in inner:
-            tell(node.domain, node.op_type, node.overload, [number(value) for value in node.inputs])
-            for name in sorted(node.attributes):
-                attribute = node.attributes[name]
-                if attribute.type is ir.AttributeType.GRAPH:
-                    tell(name)
-                    graph(attribute.as_graph())
-                else:
-                    digest.update(ir.serde.serialize_attribute(attribute).SerializeToString(deterministic=True))
-            tell([number(value) for value in node.outputs])
-        tell("out", [number(value) for value in inner.outputs])
-
-    graph(block.graph)
-    return digest.hexdigest()
-
-
-def _bytes_of(tensor: ir.TensorProtocol) -> bytes:
-    if tensor.dtype == ir.DataType.STRING:
-        return repr(tensor.numpy().tolist()).encode()
-    return tensor.tobytes()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.engines.build import build_engine
+    from graphopt.engines.bundles.building import BundleResult, build_bundle
     from graphopt.engines.options import BuildOptions
     from graphopt.engines.profiles import Profile, make_profiles, parse_shapes
     from graphopt.engines.report import BuildResult, read_report
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildOptions",
     "BuildResult",
+    "BundleResult",
     "Profile",
+    "build_bundle",
     "build_engine",
     "make_profiles",
     "parse_shapes",
@@ -27,7 +30,9 @@ __all__ = [
 _HOMES = {
     "BuildOptions": "options",
     "BuildResult": "report",
+    "BundleResult": "bundles.building",
     "Profile": "profiles",
+    "build_bundle": "bundles.building",
     "build_engine": "build",
     "make_profiles": "profiles",
     "parse_shapes": "profiles",

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,6 +73,16 @@ class _Prepared:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """What sizes an engine is built for, as the caller says: see `build_engine`."""
+
+    shapes: tuple[str, ...]
+    calibration: str | Path | None
+    seen: Seen
+    buckets: bool
+
+
 def build_engine(
     model: str | Path,
     out: str | Path,
@@ -112,19 +122,53 @@ def build_engine(
         GateFailed: With its plugin nodes the model does not compute the same.
         GraphoptError: The library refuses the model, or crashed; nothing was written.
     """
+    from graphopt.bundles.folder import is_bundle
+
+    if is_bundle(Path(model)):
+        raise BadInput("is a bundle", where=str(model), hint="graphopt.engines.build_bundle builds its blocks")
+    sizes = _Sizes(tuple(shapes), calibration, Seen(), buckets)
+    options = options or BuildOptions()
+    return _build(Path(model), Path(out), backend, sizes, options, plugins, verify, on_log, on_progress)
+
+
+def build_seen(
+    model: Path,
+    out: Path,
+    *,
+    backend: str,
+    seen: Seen,
+    options: BuildOptions,
+    plugins: str,
+    verify: bool,
+    on_log: OnLog | None,
+    on_progress: OnProgress | None,
+) -> BuildResult:
+    """As `build_engine`, of a model whose sizes were seen where it runs: also how many axes inputs have."""
+    sizes = _Sizes((), None, seen, False)
+    return _build(model, out, backend, sizes, options, plugins, verify, on_log, on_progress)
+
+
+def _build(
+    source: Path,
+    target: Path,
+    backend: str,
+    sizes: _Sizes,
+    options: BuildOptions,
+    plugins: str,
+    verify: bool,
+    on_log: OnLog | None,
+    on_progress: OnProgress | None,
+) -> BuildResult:
     library = find_backend(backend)
-    source, target, options = Path(model), Path(out), options or BuildOptions()
-    check_options(options, library)
-    _check_paths(source, target, calibration, options)
-    if plugins not in PLUGINS:
-        raise BadInput(f"{plugins!r} is not a way", where="--plugins", hint=f"there are {', '.join(PLUGINS)}")
+    check_how(options, plugins, library)
+    _check_paths(source, target, sizes.calibration, options)
     # One fixed name: what a killed build leaves, the next one overwrites.
     partial = target.with_name(f".{target.name}.partial")
     partial_report = report_path(partial)
     try:
         with _reserved(partial, target), tempfile.TemporaryDirectory(prefix="graphopt-build-") as scratch:
             folder = Path(scratch)
-            prepared = _prepare(source, library, folder, tuple(shapes), calibration, buckets, options, plugins, verify)
+            prepared = _prepare(source, library, folder, sizes, options, plugins, verify)
             for name in prepared.model["data_files"]:
                 _spare(target, {"a data file of the model": source.parent / name})
             request = Request(
@@ -191,6 +235,16 @@ def _is_open_as(descriptor: int, path: Path) -> bool:
     return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
+def check_how(options: BuildOptions, plugins: str, library: Backend) -> None:
+    """Refuse what no build of the library can be told. Raises BadInput."""
+    check_options(options, library)
+    if plugins not in PLUGINS:
+        raise BadInput(f"{plugins!r} is not a way", where="--plugins", hint=f"there are {', '.join(PLUGINS)}")
+    cache = options.timing_cache
+    if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
+        raise BadInput("cannot be a file", where=f"--timing-cache {cache}", hint="its folder must exist")
+
+
 def _check_paths(source: Path, target: Path, calibration: str | Path | None, options: BuildOptions) -> None:
     """Refuse to write where something else would be lost, or nothing can be written: builds may take hours."""
     check_target(target)
@@ -207,8 +261,6 @@ def _check_paths(source: Path, target: Path, calibration: str | Path | None, opt
             where=str(target),
             hint="give the engine another name",
         )
-    if cache is not None and (cache.is_dir() or not cache.parent.is_dir()):
-        raise BadInput("cannot be a file", where=f"--timing-cache {cache}", hint="its folder must exist")
 
 
 def _spare(target: Path, others: Mapping[str, Path | None]) -> None:
@@ -223,9 +275,7 @@ def _prepare(
     source: Path,
     library: Backend,
     folder: Path,
-    shapes: tuple[str, ...],
-    calibration: str | Path | None,
-    buckets: bool,
+    wanted: _Sizes,
     options: BuildOptions,
     plugins: str,
     verify: bool,
@@ -239,16 +289,17 @@ def _prepare(
     from graphopt.engines.plugins import Choice, lower
     from graphopt.files.load import load_model
 
-    parsed_shapes = parse_shapes(shapes)
+    parsed_shapes, calibration = parse_shapes(wanted.shapes), wanted.calibration
     model = load_model(source)
     described = describe_model(model, source)
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     _refuse_inputs_given_out(model, source, library)
     operators = runtime_operators(model)
-    changed = inline_all(model)  # the parser miscompiles legal uses of functions
+    ranked = _declare_ranks(inputs, wanted.seen)
+    changed = inline_all(model) or ranked  # the parser miscompiles legal uses of functions
     coverage = predict(model, library.name)
     deciding = coverage.shape_inputs
-    seen, data = Seen(), None
+    seen, data = wanted.seen, None
     if calibration is not None:
         data = read_calibration(Path(calibration), inputs)
         # In a single file all samples are of one shape: only where values count are they looked at one by one.
@@ -259,7 +310,7 @@ def _prepare(
         if coverage.certain and not parsed_shapes:  # nobody shall look for sizes in vain
             raise NotCovered(coverage, str(source)) from None
         raise
-    if buckets and not profiles:
+    if wanted.buckets and not profiles:
         raise BadInput("every input has one size", where="--buckets", hint="leave it out")
     sizes = symbol_sizes(inputs, profiles)
     lowered = lower(model, Choice(mode=cast("Mode", plugins), backend=library.name, gpu=_gpu_name(), sizes=sizes))
@@ -275,7 +326,7 @@ def _prepare(
                 where=str(source),
                 hint="give --calibration with inputs of yours, or make it a constant of the model",
             )
-    assignments = _buckets(sizes, best_sizes(inputs, profiles)) if buckets else ()
+    assignments = _buckets(sizes, best_sizes(inputs, profiles)) if wanted.buckets else ()
     kernels, architecture, notes = _prepare_plugins(lowered, options, sizes, bool(assignments))
     if not coverage.ok:  # as documented, and not seen: the library has the last word
         notes = (f"this may be refused: {coverage.error()}", *notes)
@@ -292,7 +343,7 @@ def _prepare(
         runtime_operators=operators,
         profiles=profiles,
         all_profiles=[fix_profiles(inputs, profiles, chosen) for chosen in assignments] or [profiles],
-        values=dict(seen.values),
+        values={name: values for name, values in seen.values.items() if name in coverage.shape_inputs},
         buckets=assignments,
         coverage=coverage,
         lowered=lowered,
@@ -302,6 +353,16 @@ def _prepare(
         architecture=architecture,
         notes=notes,
     )
+
+
+def _declare_ranks(inputs: Sequence[ir.Value], seen: Seen) -> bool:
+    """Say of inputs that do not tell how many axes they have as many as were seen; whether there were any."""
+    import onnx_ir as ir
+
+    found = [value for value in inputs if value.shape is None and value.name in seen.inputs]
+    for value in found:
+        value.shape = ir.Shape([None] * len(seen.inputs[value.name or ""][0]))
+    return bool(found)
 
 
 def _refuse_inputs_given_out(model: ir.Model, source: Path, library: Backend) -> None:
@@ -321,7 +382,7 @@ def _gpu_name() -> str | None:
 
 
 def _buckets(sizes: Mapping[str, tuple[int, int]], best: Mapping[str, int]) -> tuple[dict[str, int], ...]:
-    from graphopt.engines.qdp import buckets
+    from graphopt.engines.plugins.qdp import buckets
 
     varying = {symbol: limits for symbol, limits in sizes.items() if limits[0] != limits[1]}
     return tuple({**{s: low for s, (low, _) in sizes.items()}, **chosen} for chosen in buckets(varying, also=best))
@@ -333,7 +394,7 @@ def _prepare_plugins(
     """The kernels that the engine may take, what they are compiled for, and what the user should know."""
     if not lowered.written:
         return [], "", ()
-    from graphopt.engines.qdp import LEAK, architecture_for, prepare
+    from graphopt.engines.plugins.qdp import LEAK, architecture_for, prepare
 
     gpu = describe_gpu()
     # PTX for an older GPU runs on newer ones, and not the other way round.

@@ -1,14 +1,16 @@
-"""Memory for the outputs of engines. What somebody still holds is never written again."""
+"""Memory for the outputs of engines. What somebody still holds is never written again, nor freed while it is read."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from graphopt.errors import GraphoptError
 from graphopt.gpu.context import Context
 from graphopt.gpu.errors import CudaError
 from graphopt.gpu.memory import Memory
-from graphopt.gpu.streams import Stream
+from graphopt.gpu.streams import Event, Stream
 
 
 class Lease:
@@ -32,7 +34,11 @@ class Pool:
         self._free: list[tuple[Memory, set[int]]] = []
 
     def lend(self, size: int) -> Lease:
-        for index, (memory, takers) in enumerate(self._free):
+        """Memory of that many bytes or a few more: what grows from run to run takes few different sizes."""
+        size = _rounded(size)
+        # The one that came back last: what runs in turns keeps to few addresses, and graphs are recorded for addresses.
+        for index in reversed(range(len(self._free))):
+            memory, takers = self._free[index]
             if memory.size == size:
                 del self._free[index]
                 for taker in takers:  # another library's work on what it was handed may not be over
@@ -46,6 +52,37 @@ class Pool:
 
     def clear(self) -> None:
         self._free.clear()
+
+
+def _rounded(size: int) -> int:
+    """Up to the next of eight sizes between two powers of two."""
+    step = 1 << max((size - 1).bit_length() - 4, 9)
+    return -(-max(size, 1) // step) * step
+
+
+class InUse:
+    """What the GPU may still read: inputs of others, each until the run that read them is over."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._held: deque[tuple[Event, Sequence[object]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def hold(self, inputs: Sequence[object]) -> None:
+        """Hold on to inputs until all that was put into the stream so far is over."""
+        event = self._stream.context.event()
+        event.record(self._stream)
+        self._held.append((event, inputs))
+
+    def let_go(self) -> None:
+        """Let go of those that have been read."""
+        while self._held and self._held[0][0].over:
+            self._held.popleft()
+
+    def clear(self) -> None:
+        self._held.clear()
 
 
 def make_allocator(trt: Any, pool: Pool) -> Any:

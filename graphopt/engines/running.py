@@ -113,7 +113,7 @@ class EngineRunner:
     def run_on_device(self, feeds: Mapping[str, Any]) -> dict[str, DeviceArray]:
         """As `run`, but the results stay on the GPU whatever the inputs are. Raises as `run`."""
         self.context.make_current()
-        self._sessions.let_go_of_inputs()
+        self._sessions.in_use.let_go()
         given, held, shapes = self._check(feeds)
         session = self._session(shapes, given)
         placed: dict[str, int] = {}
@@ -126,7 +126,7 @@ class EngineRunner:
                 placed[name] = memory.pointer
         results = session.run(placed)
         if held:
-            self._sessions.hold(held)
+            self._sessions.in_use.hold(held)
         return results
 
     def program(self, feeds: Mapping[str, Any]) -> Program:

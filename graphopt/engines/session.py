@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from graphopt.engines.loading import OpenEngine
-from graphopt.engines.pool import Lease, Pool, make_allocator
+from graphopt.engines.pool import InUse, Lease, Pool, make_allocator
 from graphopt.engines.tensors import Shapes, Tensor, sizes
 from graphopt.errors import GraphoptError
 from graphopt.gpu.arrays import DeviceArray
 from graphopt.gpu.memory import Memory
-from graphopt.gpu.streams import Event, Graph, Stream
+from graphopt.gpu.streams import Graph, Stream
 
 Array = npt.NDArray[Any]
 
 _MOST_GRAPHS = 8  # a profile; the one that was not used for longest goes
+_MOST_GONE = 32  # after so many, addresses change too often for graphs to be of use
 
 
 class Sessions:
@@ -34,18 +35,26 @@ class Sessions:
         cuda_graphs: Whether what runs twice on the same addresses is recorded, and replayed from then on.
         own_graphs: Whether the library records and replays by itself, as RTX does.
         graphs_refused: Why CUDA graphs are not used; None where they are, or have not been tried yet.
-        in_use: What the GPU may still read: inputs of others, each until the run that read them is over.
+        in_use: Inputs of others that the GPU may still read.
     """
 
-    def __init__(self, opened: OpenEngine, tensors: Sequence[Tensor], stream: Stream, *, cuda_graphs: bool) -> None:
+    def __init__(
+        self,
+        opened: OpenEngine,
+        tensors: Sequence[Tensor],
+        stream: Stream,
+        *,
+        cuda_graphs: bool,
+        pool: Pool | None = None,
+    ) -> None:
         self.opened = opened
         self.tensors = tensors
         self.stream = stream
-        self.pool = Pool(stream.context, stream)
+        self.pool = Pool(stream.context, stream) if pool is None else pool
         self.cuda_graphs = cuda_graphs
         self.own_graphs = hasattr(opened.trt, "CudaGraphStrategy")
         self.graphs_refused: str | None = None
-        self.in_use: deque[tuple[Event, Sequence[object]]] = deque()
+        self.in_use = InUse(stream)
         self._of_profile: dict[int, Session] = {}
 
     def of_profile(self, index: int) -> Session:
@@ -53,17 +62,6 @@ class Sessions:
         if index not in self._of_profile:
             self._of_profile[index] = Session(self, index)
         return self._of_profile[index]
-
-    def hold(self, inputs: Sequence[object]) -> None:
-        """Hold on to inputs until all that was put into the stream so far is over."""
-        event = self.stream.context.event()
-        event.record(self.stream)
-        self.in_use.append((event, inputs))
-
-    def let_go_of_inputs(self) -> None:
-        """Let go of those that have been read."""
-        while self.in_use and self.in_use[0][0].over:
-            self.in_use.popleft()
 
     def clear(self) -> None:
         """Let go of all that the sessions hold on the GPU."""
@@ -86,6 +84,7 @@ class Session:
         self._allocators: dict[str, Any] = {}
         self._graphs: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self._seen: OrderedDict[tuple[Any, ...], None] = OrderedDict()
+        self._gone = 0
 
     def _create_context(self, profile: int) -> Any:
         shared, engine = self._shared, self._shared.opened.engine
@@ -166,6 +165,9 @@ class Session:
             if len(self._graphs) > _MOST_GRAPHS:
                 shared.stream.synchronize()
                 self._graphs.popitem(last=False)
+                self._gone += 1
+                if self._gone == _MOST_GONE:
+                    shared.graphs_refused = "the addresses of inputs and outputs change too often"
             graph.launch(shared.stream)
         else:
             self._execute(addresses)

@@ -30,6 +30,8 @@ _DTYPES: dict[str, npt.DTypeLike] = {
     "BOOL": np.bool_,
     "FP8": ml_dtypes.float8_e4m3fn,
 }
+TYPES = frozenset(np.dtype(kind) for kind in _DTYPES.values())
+"""What inputs and outputs of engines may be."""
 
 
 @dataclass(frozen=True)

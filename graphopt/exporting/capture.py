@@ -6,15 +6,20 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.exporting.branches.errors import Refusal
+from graphopt.exporting.branches.markers import translations
 from graphopt.exporting.factory import Example, _relative
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from graphopt.exporting.branches.tracing import Traced
 
 DEFAULT_OPSET = 20
 OLDEST_OPSET = 18
@@ -27,12 +32,16 @@ class Captured:
     Attributes:
         model: The ONNX model; inputs in the order of the example's, nothing folded.
         outputs: The names of the module's outputs, in the order of the model's.
+        leaves: Which of the leaves of what the module returns they are.
         bounds: Symbol → smallest and largest size (None: no limit known).
+        traced: Where the module branches on tensors' values: its decisions. The model then has markers for `sink`.
     """
 
     model: ir.Model
     outputs: list[str]
+    leaves: list[int]
     bounds: dict[str, tuple[int, int | None]]
+    traced: Traced | None = None
 
 
 @contextmanager
@@ -51,8 +60,11 @@ def quiet(enabled: bool) -> Iterator[None]:
         logging.disable(before)
 
 
-def capture(example: Example, name: str, *, opset: int, verbose: bool) -> Captured:
+def capture(example: Example, name: str, *, opset: int, verbose: bool, promote: bool = True) -> Captured:
     """Export ``example.module`` with `torch.export` and torch's exporter, nothing optimized.
+
+    Where it branches on tensors' values, all its paths are exported (see `branches`), and the model has markers.
+    ``promote``: Python numbers that differ from path to path become tensors; otherwise their paths stay apart.
 
     Raises:
         BadInput: The opset is outside what the exporter writes, or an axis named dynamic is fixed by the module.
@@ -65,7 +77,12 @@ def capture(example: Example, name: str, *, opset: int, verbose: bool) -> Captur
             f"opset {opset} is too old for torch's exporter", where="--opset", hint=f"{OLDEST_OPSET} or newer"
         )
     with quiet(not verbose), torch.no_grad():
-        program, shapes = _export_program(example, name, torch)
+        traced: Traced | None = None
+        try:
+            with _printing_kept(verbose):
+                program, shapes = _export_program(example, name, torch)
+        except _BranchesOnData:
+            (program, shapes), traced = _export_paths(example, name, torch, promote)
         try:
             onnx_program = torch.onnx.export(
                 program,
@@ -74,11 +91,46 @@ def capture(example: Example, name: str, *, opset: int, verbose: bool) -> Captur
                 opset_version=opset,
                 dynamic_shapes=shapes,
                 verbose=False,
+                custom_translation_table=translations() if traced is not None else None,
             )
         except Exception as error:
             raise _torch_error(error, name) from error
     assert onnx_program is not None
-    return Captured(onnx_program.model, _output_names(program), _bounds(program, example))
+    leaves, names = _outputs(program)
+    return Captured(onnx_program.model, names, leaves, _bounds(program, example), traced)
+
+
+@contextmanager
+def _printing_kept(verbose: bool) -> Iterator[None]:
+    """Keep what torch.export prints, the whole graph where it fails, to itself; unless ``verbose``."""
+    if verbose:
+        yield
+        return
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        yield
+
+
+class _BranchesOnData(GraphoptError):
+    """torch.export met a branch on a tensor's value."""
+
+    at = ""  # ", at file:line" of it
+
+
+def _export_paths(example: Example, name: str, torch: Any, promote: bool) -> tuple[tuple[Any, Any], Traced]:
+    """Export all paths of a module that branches on tensors' values."""
+    from graphopt.exporting.branches.tracing import trace_paths
+
+    try:
+        exported, traced = trace_paths(example.module, lambda: _export_program(example, name, torch), promote)
+    except Refusal as refusal:
+        raise GraphoptError(f"the module's control flow has no ONNX form: {refusal}", where=name) from refusal
+    except _BranchesOnData as error:  # what is asked is no tensor, so no path answers it
+        raise GraphoptError(
+            f"the module's control flow has no ONNX form: a size that depends on a tensor's values decides{error.at}",
+            where=name,
+        ) from error
+    exported[0].graph.eliminate_dead_code()
+    return exported, traced
 
 
 def _export_program(example: Example, name: str, torch: Any) -> tuple[Any, Any]:
@@ -167,11 +219,13 @@ def _torch_error(error: BaseException, name: str) -> GraphoptError:
             )
     text = str(error)
     if "data-dependent" in text:
-        return GraphoptError(
+        branches = _BranchesOnData(
             f"the module branches on a tensor's value, which torch.export cannot follow{_place(chain)}",
             where=name,
             hint="use torch.where or torch.cond; --verbose shows torch's report",
         )
+        branches.at = _place(chain)
+        return branches
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     first = re.sub(r"\s*For more information.*$", "", lines[0]) if lines else type(error).__name__
     if first.startswith("Constraints violated") and len(lines) > 1:
@@ -205,8 +259,11 @@ def _place(chain: list[BaseException]) -> str:
     return ""
 
 
-def _output_names(program: Any) -> list[str]:
-    """Names for what the module returns: a dict's keys, otherwise ``output`` or ``output_0``, ``output_1``…"""
+def _outputs(program: Any) -> tuple[list[int], list[str]]:
+    """Which leaves of what the module returns are outputs, and names for them.
+
+    A name is a dict's key, otherwise ``output`` or ``output_0``, ``output_1``…
+    """
     from torch.utils import _pytree as pytree
 
     spec = program.call_spec.out_spec
@@ -214,14 +271,16 @@ def _output_names(program: Any) -> list[str]:
     paths, _ = pytree.tree_flatten_with_path(leaves)
     # What is no tensor (None, a number) has no output in ONNX; what is written to a buffer is none of the module's.
     returned = [out for out in program.graph_signature.output_specs if out.kind.name == "USER_OUTPUT"]
-    names = [
-        "_".join(_key(entry) for entry in path)
-        for (path, _), out in zip(paths, returned, strict=True)
+    named = [
+        (index, "_".join(_key(entry) for entry in path))
+        for index, ((path, _), out) in enumerate(zip(paths, returned, strict=True))
         if type(out.arg).__name__ == "TensorArgument"
     ]
-    if names == [""]:
-        return ["output"]
-    return [f"output_{name}" if name.replace("_", "").isdigit() else name for name in names]
+    if [name for _, name in named] == [""]:
+        return [0], ["output"]
+    return [index for index, _ in named], [
+        f"output_{name}" if name.replace("_", "").isdigit() else name for _, name in named
+    ]
 
 
 def _key(entry: Any) -> str:

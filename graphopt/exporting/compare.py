@@ -103,12 +103,13 @@ def make_cases(
     bounds: Mapping[str, tuple[int, int | None]],
     name: str,
     *,
+    leaves: list[int] | None = None,
     seed: int = 0,
 ) -> tuple[list[Case], list[str]]:
     """Three cases the eager module accepts, with what it returns for each, and notes.
 
-    The first is the example itself, whose outputs are ``expected``. Where the module refuses the sizes first
-    chosen (a limit that its code does not show), others are tried, the example's own last.
+    The first is the example itself, whose outputs are ``expected``. Where the module refuses the sizes first chosen (a
+    limit that its code does not show), others are tried, the example's own last. ``leaves`` is as for `run_eager`.
 
     Raises:
         GateFailed: The module does not run on any inputs drawn like the example.
@@ -131,7 +132,7 @@ def make_cases(
                 for key, value in example.inputs.items()
             }
             try:
-                cases.append(Case(sizes, inputs, run_eager(example, inputs)))
+                cases.append(Case(sizes, inputs, run_eager(example, inputs, leaves)))
                 break
             except Exception as error:
                 refusal = refusal or f"the module does not run at {_sized(sizes)}: {describe(error, here=False)}"
@@ -177,9 +178,10 @@ def _shape(value: torch.Tensor, axes: Mapping[int, str], sizes: Mapping[str, int
 def draw_like(value: torch.Tensor, name: str, shape: list[int], generator: torch.Generator) -> torch.Tensor:
     """A fresh tensor of ``shape`` drawn like ``value``: its dtype, its range, a mask where it is a mask.
 
-    Floats are normal with the example's mean and deviation, inside its range (an example of one value says
-    nothing: standard normal). Integers are uniform over the example's range. A mask (bool, or 0 and 1 with two
-    axes or more) keeps the example's side of padding and has at least one 1 in every row.
+    Floats are normal with the example's mean and deviation, inside its range (an example of one value says nothing:
+    standard normal; one without axes, half to one and a half times itself). Integers are uniform over the example's
+    range. A mask (bool, or 0 and 1 with two axes or more) keeps the example's side of padding and has at least one 1
+    in every row.
     """
     import torch
 
@@ -192,6 +194,8 @@ def draw_like(value: torch.Tensor, name: str, shape: list[int], generator: torch
         return torch.randint(low, high + 1, shape, generator=generator).to(value.dtype)
     known = value.double()
     known = known[known.isfinite()]
+    if value.dim() == 0 and bool(value.isfinite()) and float(value) != 0:  # a threshold, a tolerance: of its order
+        return (value.double() * (0.5 + torch.rand([], generator=generator, dtype=torch.float64))).to(value.dtype)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
     if known.numel() > 1 and known.min() < known.max():
         drawn = (drawn * known.std() + known.mean()).clamp(float(known.min()), float(known.max()))
@@ -222,15 +226,24 @@ def _draw_mask(value: torch.Tensor, shape: list[int], generator: torch.Generator
     return drawn | (position == torch.randint(0, size, rows, generator=generator))
 
 
-def run_eager(example: Example, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The module's outputs as a flat list of tensors; what is no tensor is left out. Inputs are not changed."""
+def run_eager(
+    example: Example, inputs: Mapping[str, torch.Tensor], leaves: list[int] | None = None
+) -> list[torch.Tensor]:
+    """The module's outputs as a flat list of tensors. Inputs are not changed.
+
+    Args:
+        example: With the module.
+        inputs: By name.
+        leaves: Which of what it returns are outputs, Python numbers made tensors; None: all that are tensors.
+    """
     import torch
     from torch.utils import _pytree as pytree
 
     with torch.no_grad():
-        returned = example.module(**{key: value.clone() for key, value in inputs.items()})
-    leaves = pytree.tree_leaves(returned)
-    return [leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        returned = pytree.tree_leaves(example.module(**{key: value.clone() for key, value in inputs.items()}))
+    chosen = returned if leaves is None else [returned[leaf] for leaf in leaves if leaf < len(returned)]
+    outputs = [leaf for leaf in chosen if leaves is not None or isinstance(leaf, torch.Tensor)]
+    return [leaf.clone() if isinstance(leaf, torch.Tensor) else torch.tensor(leaf) for leaf in outputs]
 
 
 def compare(model: Path, names: list[str], cases: list[Case]) -> tuple[list[CaseComparison], list[str]]:

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import BadInput, GateFailed
-from graphopt.exporting.capture import DEFAULT_OPSET, capture, quiet
-from graphopt.exporting.compare import CaseComparison, compare, make_cases, run_example
-from graphopt.exporting.factory import call_factory, load_factory, require_torch
+from graphopt.exporting.branches.deciding import strip
+from graphopt.exporting.branches.sinking import sink
+from graphopt.exporting.branches.state import preserved
+from graphopt.exporting.capture import DEFAULT_OPSET, Captured, capture, quiet
+from graphopt.exporting.compare import Case, CaseComparison, compare, make_cases, run_eager, run_example
+from graphopt.exporting.factory import Example, call_factory, load_factory, require_torch
+from graphopt.exporting.scripted import NOTE, capture_scripted, is_scripted
 from graphopt.exporting.tidy import tidy
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import torch
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,19 @@ def export(
     name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", "factory")
     with quiet(not verbose):
         example = call_factory(load_factory(factory) if isinstance(factory, str) else factory, name)
-        expected, changes = run_example(example, name)
-        captured = capture(example, name, opset=opset, verbose=verbose)
-        notes = example.notes + changes + tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
-        cases, more = make_cases(example, expected, captured.bounds, name)
-    notes += more + [
-        f"{symbol!r} is {low} {'or more' if high is None else f'to {high}'}: the module's own limit"
-        for symbol, (low, high) in captured.bounds.items()
-        if high is not None or low > 1
-    ]
+        with preserved(example.module):
+            expected, changes = run_example(example, name)
+            captured, made, cases = _exported(example, expected, name, opset=opset, verbose=verbose)
+    notes = (
+        example.notes
+        + changes
+        + made
+        + [
+            f"{symbol!r} is {low} {'or more' if high is None else f'to {high}'}: the module's own limit"
+            for symbol, (low, high) in captured.bounds.items()
+            if high is not None or low > 1
+        ]
+    )
     model = captured.model
     staged = stage_model(model, path)
     try:
@@ -121,6 +130,42 @@ def export(
         comparison=comparison,
         notes=notes + vacuous,
     )
+
+
+def _exported(
+    example: Example, expected: list[torch.Tensor], name: str, *, opset: int, verbose: bool
+) -> tuple[Captured, list[str], list[Case]]:
+    """Capture ``example``'s module and make a file of it; where it branches on values, every side compared."""
+    from graphopt.exporting.paths import Uncompared
+
+    scripted = is_scripted(example.module)
+    captured = (capture_scripted if scripted else capture)(example, name, opset=opset, verbose=verbose)
+    if captured.traced is None:
+        notes = tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
+        notes += [NOTE] if scripted else []
+        cases, more = make_cases(example, expected, captured.bounds, name)
+        return captured, notes + more, cases
+    try:
+        return _checked(example, captured, name)
+    except Uncompared:  # perhaps since Python numbers are tensors in the trace: once more without that
+        captured = capture(example, name, opset=opset, verbose=verbose, promote=False)
+        return _checked(example, captured, name)
+
+
+def _checked(example: Example, captured: Captured, name: str) -> tuple[Captured, list[str], list[Case]]:
+    """If and Loop made of the markers of ``captured``, and compared on every side; notes; the cases."""
+    from graphopt.exporting.branches.following import Bounded
+    from graphopt.exporting.paths import compare_paths
+
+    assert captured.traced is not None
+    notes = tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
+    sink(captured.model, captured.traced.places)
+    with Bounded():
+        expected = run_eager(example, example.inputs, captured.leaves)
+        cases, more = make_cases(example, expected, captured.bounds, name, leaves=captured.leaves)
+    checked = compare_paths(example, captured, cases, name)
+    strip(captured.model)
+    return captured, notes + more + checked, cases
 
 
 def _refuse_difference(comparison: list[CaseComparison], name: str) -> None:

@@ -105,6 +105,7 @@ def _fold_all_but_weights(model: ir.Model) -> set[str]:
     common.CommonSubexpressionEliminationPass()(model)
     common.IdentityEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
+    _give_bodies_their_outputs(model.graph)
     taken = set(model.graph.initializers)
     for folded, name in stored.items():
         value = model.graph.initializers.get(folded)
@@ -112,6 +113,24 @@ def _fold_all_but_weights(model: ir.Model) -> set[str]:
             value.name = f"{name}.T"
             weights.add(f"{name}.T")
     return weights
+
+
+def _give_bodies_their_outputs(graph: ir.Graph) -> None:
+    """Copy what a branch or body returns from outside: the Identity that did so was taken for needless."""
+    for node in list(graph.all_nodes()):
+        for attribute in node.attributes.values():
+            if attribute.type != ir.AttributeType.GRAPH:
+                continue
+            body = attribute.as_graph()
+            own = {value for inner in body for value in inner.outputs} | set(body.inputs)
+            own |= set(body.initializers.values())
+            for index, value in enumerate(body.outputs):
+                if value not in own:
+                    copied = ir.Node("", "Identity", [value], name=f"{body.name}_output_{index}")
+                    output = copied.outputs[0]
+                    output.name, output.shape, output.type = f"{value.name}_{copied.name}", value.shape, value.type
+                    body.append(copied)
+                    body.outputs[index] = output
 
 
 def _separate_outputs(graph: ir.Graph) -> None:

@@ -32,6 +32,8 @@ def check_target(target: Path) -> None:
     if target.is_dir():
         raise BadInput("is a folder", where=str(target), hint="give the name of the file to write")
     folder = target.parent
+    if folder.exists() and not folder.is_dir():
+        raise BadInput("is no folder", where=str(folder), hint="write into a folder")
     if not folder.is_dir():
         raise BadInput("no such folder", where=str(folder), hint=f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -6,6 +6,7 @@ import json
 
 # (offset, magic bytes) -> (what it is, what to do about it)
 _EXPORT = "export the model to ONNX first: graphopt export"
+_ENGINE = "graphopt bench runs it, graphopt package serves it; here give the .onnx file that it was built from"
 _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"PK\x03\x04", "a zip archive, perhaps a torch checkpoint", _EXPORT),
     (0, b"\x80\x02", "a Python pickle, perhaps a torch checkpoint", _EXPORT),
@@ -14,8 +15,8 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (4, b"TFL3", "a TensorFlow Lite model", "convert it to ONNX first, for example with tf2onnx"),
     (4, b"ORTM", "an ONNX Runtime .ort file", "give the .onnx file that it was made from"),
     (0, b"GGUF", "a GGUF file", _EXPORT),
-    (0, b"ptrt", "a TensorRT engine", "give the .onnx file that it was built from"),
-    (0, b"ftrt", "a TensorRT engine", "give the .onnx file that it was built from"),
+    (0, b"vtrt", "a TensorRT-RTX engine", _ENGINE),
+    (1, b"trt", "a TensorRT engine", _ENGINE),
     (0, b"\x1f\x8b", "a gzip archive", "unpack it first"),
     (0, b"BZh", "a bzip2 archive", "unpack it first"),
     (0, b"\xfd7zXZ", "an xz archive", "unpack it first"),

@@ -53,6 +53,7 @@ class Recipe(BaseModel):
         name: As given to ``--recipe``.
         description: One sentence.
         passes: The steps; each pass decides by its stage when it runs.
+        bundle: Whether the result is a bundle, split at its control flow, and no single file.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +61,7 @@ class Recipe(BaseModel):
     name: str
     description: str = ""
     passes: list[Step]
+    bundle: bool = False
 
 
 def recipe_names() -> list[str]:

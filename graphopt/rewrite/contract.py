@@ -102,6 +102,7 @@ class Pass(ABC):
         explanation: What it does, for people.
         saves: By what its replacements are judged: time, or the bytes of constants where it makes a model smaller and
             not faster.
+        patient: Whether it runs only where the passes of its stage before it found nothing to do.
         repeatable: Whether a recipe may name it more than once, as ``name@label``: it does something else each time.
         Parameters: A pydantic model of the pass's parameters, or None where it has none. ``--set name.key=value``
             sets them; the ``Attributes:`` of its docstring say what they are.
@@ -112,6 +113,7 @@ class Pass(ABC):
     stage: ClassVar[Stage]
     explanation: ClassVar[Explanation]
     saves: ClassVar[Saves] = Saves.TIME
+    patient: ClassVar[bool] = False
     repeatable: ClassVar[bool] = False
     Parameters: ClassVar[type[BaseModel] | None] = None
 

@@ -88,7 +88,8 @@ def run_passes(
         for _ in range(MAX_ROUNDS):
             round_changed = False
             for p in by_stage[stage]:
-                round_changed = run_one(p) or round_changed
+                if not (p.patient and round_changed):
+                    round_changed = run_one(p) or round_changed
             changed = changed or round_changed
             if round_changed:
                 ctx.checkpoint(Checkpoint.ROUND_DONE)

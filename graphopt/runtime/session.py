@@ -212,7 +212,8 @@ def bind(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Cal
         values = {name: to_ort_value(array) for name, array in feeds.items()}
         return lambda: session.run_with_ort_values(wanted, values)
     arrays = {name: _as_array(value) for name, value in feeds.items()}
-    return lambda: session.run(wanted, arrays)
+    options = import_onnxruntime().RunOptions()  # else the runtime makes some for every call
+    return lambda: session.run(wanted, arrays, options)
 
 
 def check_feeds(specs: Sequence[tuple[str, str, Sequence[int | str | None] | None]], feeds: Mapping[str, Any]) -> None:

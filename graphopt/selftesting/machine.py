@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from graphopt.engines.backends import BACKENDS, find_backend
 from graphopt.engines.loading import import_library
-from graphopt.engines.qdp import refuse_version
+from graphopt.engines.plugins.qdp import refuse_version
 from graphopt.errors import GraphoptError, MissingDependency
 from graphopt.gpu.driver import Device, Driver
 from graphopt.gpu.errors import needed_driver

@@ -27,6 +27,7 @@ class CostProfile(BaseModel):
         gigabytes: Billions of bytes a second through an elementwise operator, and of weights.
         scattered: Billions of bytes a second through an operator that moves single elements: Gather on the last axis.
         control_flow: Entering a body of If, Loop or Scan.
+        block: Running a block of a bundle, beside what is in it, where other work has gone through the caches before.
         free: Operators that cost nothing, since the backend removes them or returns a view.
         dimension: The size that stands for an axis whose size is not known.
     """
@@ -38,6 +39,7 @@ class CostProfile(BaseModel):
     gigabytes: float = 8.0
     scattered: float = 2.0
     control_flow: float = 2.0
+    block: float = 30.0
     free: tuple[str, ...] = ("Identity", "Constant", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
     dimension: int = 64
 
@@ -75,6 +77,22 @@ class Quantised(BaseModel):
         return None
 
 
+class ControlFlow(BaseModel):
+    """What a backend's If and Loop take.
+
+    Attributes:
+        unequal_ranks: Whether the branches of an If may give values of different rank.
+        growing_state: Whether what a Loop carries may have another shape after a turn.
+        in_blocks: Whether a block of a bundle may hold some, where to cut there costs more than it saves.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    unequal_ranks: bool = True
+    growing_state: bool = True
+    in_blocks: bool = False
+
+
 class Target(BaseModel):
     """A backend and what it can do.
 
@@ -87,6 +105,7 @@ class Target(BaseModel):
         unsupported: Standard operators that the backend does not run.
         extensions: Domain -> operators beyond the standard that it runs.
         quantised: The codes that it takes; None where it takes all that the standard has.
+        control_flow: What its If and Loop take.
         costs: Its cost profile.
     """
 
@@ -100,6 +119,7 @@ class Target(BaseModel):
     unsupported: frozenset[str] = frozenset()
     extensions: dict[str, frozenset[str]] = Field(default_factory=dict)
     quantised: Quantised | None = None
+    control_flow: ControlFlow = ControlFlow()
     costs: CostProfile = CostProfile()
 
     def supports(self, node: ir.Node, opset: int) -> bool:
@@ -148,14 +168,14 @@ class Target(BaseModel):
     def _cost(self, node: ir.Node) -> float:
         if node.op_type in self._free and node.domain == "":
             return 0.0
-        moved = sum(self._bytes(v) for v in node.outputs) + sum(
-            self._bytes(v) for v in node.inputs if v is not None and not _is_constant(v)
+        moved = sum(self.bytes_of(v) for v in node.outputs) + sum(
+            self.bytes_of(v) for v in node.inputs if v is not None and not _is_constant(v)
         )
         rate = self.costs.scattered if _moves_elements(node) else self.costs.gigabytes
         total = self.costs.node + moved / (rate * 1e3)
         if node.op_type in _PRODUCTS:
             # With few rows it takes longer to read the weights than to multiply by them.
-            weights = sum(self._bytes(v) for v in node.inputs if v is not None and _is_constant(v))
+            weights = sum(self.bytes_of(v) for v in node.inputs if v is not None and _is_constant(v))
             arithmetic = self._multiply_adds(node) / (self.costs.gigaflops * 1e3)
             total += max(arithmetic, weights / (self.costs.gigabytes * 1e3))
         for attribute in node.attributes.values():
@@ -176,7 +196,8 @@ class Target(BaseModel):
             count *= axis if isinstance(axis, int) else self.costs.dimension
         return count
 
-    def _bytes(self, value: ir.Value) -> float:
+    def bytes_of(self, value: ir.Value) -> float:
+        """Estimated bytes of a value."""
         return self._elements(value) * (value.dtype.itemsize if value.dtype is not None else 4)
 
     def _multiply_adds(self, node: ir.Node) -> float:

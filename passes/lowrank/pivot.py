@@ -60,8 +60,8 @@ class Pivot(Pass):
         refuses="factors that something else reads; quantised factors; a rank that is full on one side; convolutions "
         "whose second (row form) or first (column form) is not of one position; channels whose class is pinned, where "
         "a Gather costs what the form saves; what saves less than 5 % of the time by the target's cost profile, unless "
-        "factorize counted on it; where that has no form all the same and its factors hold more than their product, they "
-        "become one weight again",
+        "factorize counted on it; where that has no form all the same and its factors hold more than their product, "
+        "they become one weight again",
         costs="a QR of one factor and an elimination of rows, O(m (m - r) r), while rewriting; the rest when the model "
         "is saved. Saves the fraction r / (m + n) of the factors' weights and multiplications. In 16 bits the "
         "coefficients amplify rounding about three times: it is kept where that is within the rounding rule",

@@ -19,8 +19,6 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.editing import add_constant, fresh, remove, take_place
-from graphopt.engines.measured import Measurements, load_measurements
-from graphopt.engines.plugin_nodes import write_node
 from graphopt.engines.plugins import (
     Attributes,
     Choice,
@@ -31,6 +29,8 @@ from graphopt.engines.plugins import (
     Types,
     Written,
 )
+from graphopt.engines.plugins.measured import Measurements, load_measurements
+from graphopt.engines.plugins.nodes import write_node
 from graphopt.errors import BadInput
 from graphopt.kernels.kernel import Kernel, Shape
 from graphopt.plugins.pivot_linear.collapse import collapse, expand

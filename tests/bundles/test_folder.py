@@ -12,7 +12,9 @@ import pytest
 
 import graphopt
 from graphopt.bundles import BundleRunner, read_bundle, split, write_bundle
+from graphopt.bundles.folder import stage_bundle
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.files.folder import STAGING_SUFFIX
 from graphopt.runtime.session import create_session, run
 from tests.models.nests import Nest
 from tests.models.text import model_from_text
@@ -159,3 +161,53 @@ def test_a_pointer_that_leads_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "net" / "current").write_text("../other\n")
     with pytest.raises(BadInput, match="is not there"):
         graphopt.load(tmp_path / "net")
+
+
+def test_a_staged_bundle_can_be_run_and_leaves_nothing(tmp_path: Path) -> None:
+    """Before it is in place; and what is not put in place is gone."""
+    with stage_bundle(split(model()), tmp_path / "net") as staged:
+        assert not (tmp_path / "net").exists()
+        runner = graphopt.load(staged.path)
+        assert runner.run(feeds(True, 1))["y"].shape == (2, 32)
+    assert list(tmp_path.iterdir()) == []
+    with stage_bundle(split(model()), tmp_path / "net") as staged:
+        version = staged.commit()
+        with pytest.raises(GraphoptError, match="committed or discarded already"):
+            staged.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    assert read_bundle(tmp_path / "net")[0] == version
+
+
+def test_what_a_killed_write_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    left = tmp_path / f".net.abcdefgh{STAGING_SUFFIX}"
+    (left / "version").mkdir(parents=True)
+    (left / "version" / "block_1.onnx").write_bytes(b"half")
+    others = tmp_path / f".other.abcdefgh{STAGING_SUFFIX}"
+    others.mkdir()
+    write_bundle(split(model()), tmp_path / "net")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["net", others.name])
+
+
+def test_a_save_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+    with stage_bundle(split(model()), tmp_path / "net") as first:
+        write_bundle(split(model()), tmp_path / "net")
+        assert first.path.exists()
+        first.commit()
+    assert graphopt.load(tmp_path / "net").run(feeds(True, 1))["y"].shape == (2, 32)
+
+
+def test_a_version_that_somebody_changed_is_not_taken_for_the_new_one(tmp_path: Path) -> None:
+    first = write_bundle(split(model()), tmp_path / "net")
+    (first / "plan.json").write_text("{}")
+    second = write_bundle(split(model()), tmp_path / "net")
+    assert second != first and not first.exists()
+    assert graphopt.load(tmp_path / "net").run(feeds(True, 1))["y"].shape == (2, 32)
+    assert write_bundle(split(model()), tmp_path / "net").exists()
+
+
+def test_others_may_read_a_bundle_as_they_may_read_what_else_the_user_makes(tmp_path: Path) -> None:
+    write_bundle(split(model()), tmp_path / "net")
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "net").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (version,) = [path for path in (tmp_path / "net").iterdir() if path.is_dir()]
+    assert version.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -11,8 +11,11 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import graphs
-from graphopt.bundles.host import Backend, PlainBackend, Program
+from graphopt.bundles.actions import Actions
+from graphopt.bundles.backend import Backend
+from graphopt.bundles.host import Program
 from graphopt.bundles.ort import OrtBackend
+from graphopt.bundles.plain import PlainBackend
 from graphopt.bundles.plan import Branch, Loop, Plan, Run, walk
 from graphopt.bundles.split import SPLIT, Split, split
 from graphopt.errors import BadInput
@@ -212,13 +215,15 @@ def test_constants_that_the_host_hands_on(trips: int) -> None:
 def test_places_are_emptied_after_their_last_reader() -> None:
     parts = split(model_from_text(LATE))
     backend = PlainBackend(lambda name: session_of(parts, name))
-    program = Program(parts.plan, backend)
-    places: list[Any] = [None] * len(program._place)
-    for name, at in program._inputs:
-        places[at] = {"x": np.ones(4, np.float32), "early": np.array(True), "late": np.array(True)}[name]
-    for action in program._actions:
+    plan, actions = parts.plan, Actions(backend, None)
+    inputs = frozenset(port.name for port in plan.inputs)
+    program = actions.of_steps(plan.steps, frozenset(plan.gives.values()), inputs)
+    places: list[Any] = [None] * actions.count
+    for name, value in {"x": np.ones(4, np.float32), "early": np.array(True), "late": np.array(True)}.items():
+        places[actions.at(name)] = value
+    for action in program:
         action(places)
-    assert [name for name, at in program._place.items() if places[at] is not None] == ["y"]
+    assert [at for at, value in enumerate(places) if value is not None] == [actions.at("y")]
 
 
 def test_every_value_is_made_before_it_is_read() -> None:

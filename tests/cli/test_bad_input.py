@@ -147,6 +147,7 @@ file_case("html page", "m.onnx", b"<!DOCTYPE html><html><body>Not found</body></
 file_case("tensorflow lite", "m.tflite", b"\x1c\x00\x00\x00TFL3" + bytes(100))
 file_case("ort file", "m.ort", b"\x1c\x00\x00\x00ORTM" + bytes(100))
 file_case("tensorrt engine", "m.engine", b"ptrt" + bytes(100))
+file_case("tensorrt-rtx engine", "m.engine", b"vtrt" + bytes(100))
 
 
 @case

@@ -44,13 +44,21 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in " ".join(out.split())
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "bundle"])
 def test_every_command_takes_json_and_verbose(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([name, "--help"])
     out = capsys.readouterr().out
     assert "--json" in out
     assert "-v, --verbose" in out
     assert COMMANDS[name][1].rstrip(".").split()[0] in out
+
+
+def test_so_do_those_of_bundles(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bundle", "--help"])
+    assert "merge" in capsys.readouterr().out
+    main(["bundle", "merge", "--help"])
+    out = capsys.readouterr().out
+    assert "--json" in out and "-v, --verbose" in out
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +112,7 @@ def test_a_traceback_comes_with_the_flag_alone(
         (["optimize"], "Missing argument 'IN.onnx'. (see: graphopt optimize --help)"),
         (["optimize", "m.onnx", "--colour"], "No such option"),
         (["optimize", "m.onnx", "--min", "x"], "'x' is not a valid float"),
-        (["verify", "a.onnx"], "Missing argument 'B.onnx'"),
+        (["verify", "a.onnx"], "Missing argument 'B'"),
         (["profile-target"], "Missing option '-o'"),
         (["profile-target", "-o", "t.yaml", "--threads", "0"], "0 is not in the range"),
     ],

@@ -280,6 +280,10 @@ class IExecutionContext:
     def _run_to_know_the_shapes(self, function: Function, inputs: list[np.ndarray], stream: int) -> bool:
         assert self._cuda.cuStreamSynchronize(ctypes.c_void_p(stream)) == 0
         for name, value in zip(self._plan["outputs"], function(*inputs), strict=True):
+            if name not in self._allocators:
+                known = self._view(name)
+                self._enqueue(lambda known=known, value=value: known.__setitem__(..., value), stream)
+                continue
             allocator = self._allocators[name]
             address = allocator.reallocate_output_async(name, 0, max(value.nbytes, 1), 256, stream)
             if not address:

@@ -52,7 +52,7 @@ class Child:
         self.library = make_library(version)
         monkeypatch.setattr(build_module, "run_child", self.run)
         monkeypatch.setattr(build_module, "find_backend", BACKENDS.__getitem__)
-        monkeypatch.setattr("graphopt.engines.qdp.register_modules", self.register)
+        monkeypatch.setattr("graphopt.engines.plugins.qdp.register_modules", self.register)
 
     def register(self, trt: Any, modules: list[str], architecture: str) -> list[str]:
         self.registered.append((modules, architecture))

@@ -333,7 +333,7 @@ def test_external_data_is_looked_for_beside_the_file(version: str, tmp_path: Pat
 def test_plugins_are_registered_before_the_model_is_parsed(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import graphopt.engines.qdp as qdp
+    import graphopt.engines.plugins.qdp as qdp
 
     seen: list[Any] = []
     run = Run(tmp_path, version, plugins={"modules": ["m"], "architecture": "compute_80"})

@@ -18,9 +18,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt import graphs
-from graphopt.engines import plugin_nodes
-from graphopt.engines.plugin_nodes import attributes_of, attributes_to_write, write_node
 from graphopt.engines.plugins import Choice, Plugin, find_plugins, lower, twin
+from graphopt.engines.plugins import nodes as plugin_nodes
+from graphopt.engines.plugins.nodes import attributes_of, attributes_to_write, write_node
 from graphopt.errors import BadInput, MissingDependency
 from graphopt.kernels.emulate import emulate
 from graphopt.plugins.pivot_linear.tensorrt import PLUGIN as PIVOT

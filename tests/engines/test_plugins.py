@@ -16,9 +16,8 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from graphopt.engines import plugins
-from graphopt.engines.measured import load_measurements
-from graphopt.engines.plugins import Choice, Lowered, Plugin, find_plugins, lower, module_of
+from graphopt.engines.plugins import Choice, Lowered, Plugin, Written, find_plugins, finding, lower, module_of
+from graphopt.engines.plugins.measured import load_measurements
 from graphopt.errors import BadInput
 from graphopt.plugins.pivot_linear.tensorrt import PLUGIN as PIVOT
 from tests.engines.registry import harness
@@ -30,9 +29,9 @@ FOLDER = Path(harness.__file__).parent / "folder"
 @pytest.fixture(autouse=True)
 def anew() -> Iterator[None]:
     """What was found is looked for again."""
-    plugins._found.cache_clear()
+    finding._found.cache_clear()
     yield
-    plugins._found.cache_clear()
+    finding._found.cache_clear()
 
 
 def entries(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
@@ -46,7 +45,7 @@ def entries(monkeypatch: pytest.MonkeyPatch, *values: str) -> None:
 def test_folders_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     package = importlib.import_module("graphopt.plugins")
     assert list(find_plugins()) == ["PivotLinear"]
-    plugins._found.cache_clear()
+    finding._found.cache_clear()
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(FOLDER)])
     found = find_plugins()
     assert list(found) == ["PivotLinear", "ScaleAdd"]
@@ -157,7 +156,7 @@ def calling() -> ir.Model:
 
 
 def test_no_function_keeps_the_name_of_a_plugin() -> None:
-    written = plugins.Written("ScaleAdd", "n", TOY.types[0], {}, "always")
+    written = Written("ScaleAdd", "n", TOY.types[0], {}, "always")
     model = calling()
     with pytest.raises(BadInput, match=r"calls a function local::ScaleAdd, .* \(inline the model's functions first\)"):
         lower(model, Choice("always"), {"ScaleAdd": never_lowers(Lowered((written,)))})

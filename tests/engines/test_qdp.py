@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graphopt.engines import qdp
-from graphopt.engines.plugins import Plugin, load_plugin
+from graphopt.engines.plugins import Plugin, load_plugin, qdp
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.kernels.kernel import Kernel, Launch, Parameter
 from graphopt.plugins.pivot_linear.tensorrt import PLUGIN

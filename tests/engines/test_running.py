@@ -179,6 +179,24 @@ def test_a_steady_loop_replays_two_graphs(driver: StandIn, tmp_path: Path) -> No
         assert context.captured == 2 and context.enqueued == 4
 
 
+def test_addresses_that_always_change_end_the_recording(driver: StandIn, tmp_path: Path) -> None:
+    with opened(tmp_path) as runner:
+        given = [arrays.upload(runner.context, rows(2, start)) for start in range(12)]
+        for _ in range(8):
+            for start, x in enumerate(given):  # more than are kept, each seen again when it is gone
+                np.testing.assert_array_equal(runner.run({"x": x})["y"].numpy(), 2 * rows(2, start))
+        (context,) = IExecutionContext.made
+        assert runner.graphs_refused == "the addresses of inputs and outputs change too often"
+        assert context.captured < 48 and driver.live("graphs") <= 8
+
+
+def test_what_grows_takes_few_sizes_of_memory(driver: StandIn, tmp_path: Path) -> None:
+    with opened(tmp_path, profiles=[{"x": [[1, 4], [2, 4], [4096, 4]]}]) as runner:
+        for size in range(1, 4096, 16):
+            np.testing.assert_array_equal(runner.run({"x": rows(size)})["y"], 2 * rows(size))
+        assert len({memory.size for memory, _ in runner._sessions.pool._free}) <= 8 * 8
+
+
 def test_a_slice_that_is_not_aligned_is_copied(driver: StandIn, tmp_path: Path) -> None:
     with opened(tmp_path) as runner:
         whole = arrays.upload(runner.context, rows(3))

@@ -276,12 +276,10 @@ def line_of(module: type, text: str) -> str:
     return f"test_export.py:{next(i for i in range(start, len(lines)) if text in lines[i]) + 1}"
 
 
-def test_a_branch_on_a_value(tmp_path: Path) -> None:
-    text = str(failing(Branch(), tmp_path / "m.onnx"))
-    assert text.startswith(f"{NAME}: the module branches on a tensor's value, which torch.export cannot follow, at ")
-    assert text.endswith(
-        f"{line_of(Branch, 'if x.sum')} (use torch.where or torch.cond; --verbose shows torch's report)"
-    )
+def test_a_branch_on_a_value_becomes_an_if(tmp_path: Path) -> None:
+    result = export(lambda: (Branch().eval(), {"x": normal(3, 4)}, {"x": {0: "batch"}}), tmp_path / "m.onnx")
+    assert [node.op_type for node in ir.load(tmp_path / "m.onnx").graph].count("If") == 1
+    assert result.notes[-1].startswith("1 decision on values, every side compared in ")
 
 
 def test_an_operator_without_onnx_form(tmp_path: Path) -> None:

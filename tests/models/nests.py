@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -82,7 +83,7 @@ class Nest:
             )
         return made
 
-    def op(self, scope: _Scope, kind: str, inputs: list[str], outputs: int = 1, **attributes: object) -> str:
+    def op(self, scope: _Scope, kind: str, inputs: list[str], outputs: int = 1, **attributes: Any) -> str:
         names = [scope.name() for _ in range(outputs)]
         scope.nodes.append(helper.make_node(kind, inputs, names, **attributes))
         return names[0]
@@ -220,7 +221,7 @@ class Nest:
         inputs = [helper.make_tensor_value_info(name, FLOAT, [WIDTH]) for name in (state, row)]
         body = self.graph(inner, "body", inputs, [(result, FLOAT) for result in results], [WIDTH])
         names = [scope.name() for _ in results]
-        directions = {
+        directions: dict[str, Any] = {
             "scan_input_directions": [self.random.randrange(2)],
             "scan_output_directions": [self.random.randrange(2)],
         }
@@ -233,3 +234,72 @@ class Nest:
         for name in stacked:
             total = self.op(scope, "CumSum", [name, self.constant(scope, np.array(0, np.int64))])
             scope.vectors.append(self.op(scope, "ReduceSum", [total, self.axis(scope)], keepdims=0))
+
+
+class RepairNest(Nest):
+    """A nest of what the passes for dynamic networks look for: conditions used again, growing states, unequal ranks."""
+
+    def vector(self, scope: _Scope) -> str:
+        """Rather one of the last, so that less is computed for nothing."""
+        return self.random.choice(scope.vectors[-3:] if self.random.random() < 0.7 else scope.vectors)
+
+    def truth(self, scope: _Scope) -> str:
+        if self.random.random() < 0.5:
+            known = self.random.choice(scope.truths)
+            return self.op(scope, "Not", [known]) if self.random.random() < 0.3 else known
+        made = self.op(scope, "Squeeze", [super().truth(scope)])
+        scope.truths.append(made)
+        return made
+
+    def turn(self, scope: _Scope) -> None:
+        self.random.choice([super().turn, self.branch, self.growing, self.unequal])(scope)
+
+    def unequal(self, scope: _Scope) -> None:
+        """An If of a row or a vector, and a vector made of it."""
+        condition = self.truth(scope)
+        axis = self.axis(scope)
+        bodies = []
+        for name, row in (("then", True), ("else", False)):
+            inner = scope.inner()
+            self.fill(inner, 1)
+            result = self.vector(inner)
+            made = self.op(inner, "Unsqueeze", [result, axis]) if row else self.op(inner, "Neg", [result])
+            bodies.append(self.graph(inner, name, [], [(made, FLOAT)]))
+        if self.random.random() < 0.5:
+            bodies.reverse()
+        value = scope.name()
+        scope.nodes.append(helper.make_node("If", [condition], [value], then_branch=bodies[0], else_branch=bodies[1]))
+        value = self.op(scope, "Add", [self.op(scope, "Abs", [value]), self.vector(scope)])
+        scope.vectors.append(self.op(scope, "Reshape", [value, self.constant(scope, np.array([WIDTH], np.int64))]))
+
+    def growing(self, scope: _Scope) -> None:
+        """A Loop that appends a row in every turn, and may read what it has."""
+        trips = self.random.choice([self.constant(scope, np.array(self.random.randint(0, 3), np.int64)), *scope.counts])
+        axis = self.axis(scope)
+        if self.random.random() < 0.5:
+            rows = self.op(scope, "Unsqueeze", [self.vector(scope), axis])
+        else:
+            rows = self.constant(scope, np.zeros((0, WIDTH), np.float32))
+        start = self.vector(scope)
+        inner = scope.inner()
+        counter, goes, state, held = (inner.name() for _ in range(4))
+        inner.vectors.append(state)
+        inner.truths.append(goes)
+        if self.random.random() < 0.5:
+            inner.vectors.append(self.op(inner, "ReduceSum", [held, axis], keepdims=0))
+        (following,) = self.body(inner, 1)
+        row = self.op(inner, "Unsqueeze", [self.vector(inner), axis])
+        longer = self.op(inner, "Concat", [held, row], axis=self.random.choice([0, -2]))
+        again = self.op(inner, "Identity", [goes])
+        inputs = [
+            helper.make_tensor_value_info(counter, INT, []),
+            helper.make_tensor_value_info(goes, BOOL, []),
+            helper.make_tensor_value_info(state, FLOAT, [WIDTH]),
+            helper.make_tensor_value_info(held, FLOAT, [None, WIDTH]),
+        ]
+        body = self.graph(inner, "body", inputs, [(again, BOOL), (following, FLOAT), (longer, FLOAT)])
+        names = [scope.name() for _ in range(2)]
+        yes = self.constant(scope, np.array(True))
+        scope.nodes.append(helper.make_node("Loop", [trips, yes, start, rows], names, body=body))
+        scope.vectors.append(names[0])
+        self.summed(scope, names[1:])

@@ -19,10 +19,10 @@ from onnx import TensorProto, helper
 import graphopt.plugins.pivot_linear.tensorrt as lowering
 from graphopt import graphs
 from graphopt.engines import build_engine
-from graphopt.engines.measured import Measurements, load_measurements
-from graphopt.engines.plugin_nodes import attributes_of, is_node_of
 from graphopt.engines.plugins import Choice, Lowered, find_plugins, lower, module_of, twin
-from graphopt.engines.qdp import prepare
+from graphopt.engines.plugins.measured import Measurements, load_measurements
+from graphopt.engines.plugins.nodes import attributes_of, is_node_of
+from graphopt.engines.plugins.qdp import prepare
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.kernels.emulate import emulate
 from graphopt.plugins.pivot_linear import collapse

@@ -37,6 +37,19 @@ def test_a_stage_repeats_until_nothing_changes() -> None:
     assert [r.applications for r in records] == [2, 1, 3]
 
 
+def test_a_patient_pass_waits_until_the_others_find_nothing() -> None:
+    """The two others need two rounds for Neg -> Abs -> Exp; a patient pass that took Abs away would end that."""
+    made = model(CHAIN)
+    patient = swap("Abs", "Tanh", name="patient")
+    patient.patient = True  # type: ignore[misc]
+    _, records = run(made, swap("Abs", "Exp", name="late"), swap("Neg", "Abs", name="early"), patient)
+    assert ops(made) == ["Exp", "Exp", "Exp"]
+    assert records[-1].applications == 0
+    again = model(CHAIN)
+    _, records = run(again, swap("Neg", "Abs", name="early"), patient)
+    assert ops(again) == ["Tanh", "Tanh", "Exp"] and records[-1].applications == 2
+
+
 def test_elimination_runs_again_after_later_stages() -> None:
     made = model(CHAIN)
     eliminate = bypass("Identity", name="eliminate", stage=Stage.ELIMINATE)

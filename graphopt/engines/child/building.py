@@ -92,7 +92,7 @@ def _register(trt: Any, request: Request) -> None:
     """Make the library know the ops of the plugin nodes in the model."""
     if not request.plugins:
         return
-    from graphopt.engines.qdp import register_modules
+    from graphopt.engines.plugins.qdp import register_modules
 
     try:
         register_modules(trt, request.plugins["modules"], request.plugins["architecture"])
@@ -106,7 +106,7 @@ def _telling(step: Callable[[], Any], request: Request) -> Any:
         return step()
     except BuildFailed as error:
         if request.plugins:
-            from graphopt.engines.qdp import last_error
+            from graphopt.engines.plugins.qdp import last_error
 
             if reason := last_error():
                 raise BuildFailed(reason, "a fault of graphopt's plugin; --plugins never builds without") from error

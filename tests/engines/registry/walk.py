@@ -205,7 +205,7 @@ def main(path: str) -> int:
     trt = importlib.import_module("tensorrt_bindings")
     answer: dict[str, Any] = {"version": trt.__version__, "numpy": np.__version__}
     answer["python"] = ".".join(map(str, sys.version_info[:3]))
-    from graphopt.engines import qdp
+    from graphopt.engines.plugins import qdp
     from graphopt.errors import GraphoptError
 
     try:

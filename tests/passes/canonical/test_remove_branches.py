@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from graphopt.passes.canonical.fold_constants import FoldConstants
+from graphopt.passes.canonical.merge_duplicates import MergeDuplicates
 from graphopt.passes.canonical.remove_branches import RemoveBranches
+from graphopt.passes.canonical.remove_dead import RemoveDead
+from graphopt.passes.canonical.remove_identities import RemoveIdentities
 from tests.passes.common import applications, assert_same_bits, op_types, run_ort, run_pass
 
 X = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
@@ -185,3 +192,133 @@ def test_branches_in_branches_and_computed_conditions() -> None:
     result, _ = run_pass(model, RemoveBranches, FoldConstants)
     assert op_types(result) == ["Tan"]
     assert_same_bits(model, result, X)
+
+
+ONE_TURN = (
+    "{0} = Loop({1}, {2}, x) <body = b (int64 i, bool c, float[2,3] s) => (bool d, float[2,3] u, float[2,3] v) "
+    "{{ k = Constant<value_int = 1>() j = Add(i, k) d = {3} f = Cast<to = 1>(j) u = Mul(s, f) v = Neg(u) }}>"
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "condition", "again"),
+    [
+        ("n", "yes", "Identity(c)"),
+        ("n", "", "Identity(c)"),
+        ("m", "yes", "Not(c)"),
+        ("", "yes", "Less(j, k)"),
+        ("m", "yes", "Greater(i, k)"),
+    ],
+)
+def test_loop_of_one_turn_is_its_body(count: str, condition: str, again: str) -> None:
+    weights = "<int64 n = {1}, int64 m = {4}, bool yes = {1}>"
+    for outputs in ("float[2,3] z, float[t,2,3] w", "float[2,3] z", "float[t,2,3] w"):
+        model = text(ONE_TURN.format("z, w", count, condition, again), outputs=outputs, weights=weights)
+        result, _ = run_pass(model, RemoveBranches)
+        assert "Loop" not in op_types(result)
+        assert_same_bits(model, result, X)
+
+
+@pytest.mark.parametrize(
+    ("count", "condition", "again"),
+    [
+        ("m", "yes", "Less(j, m)"),
+        ("p", "yes", "Identity(c)"),
+        ("n", "go", "Identity(c)"),
+        ("p", "yes", "Not(c)"),
+        ("m", "", "Not(c)"),  # what a Loop without a condition makes of the one that its body returns is not agreed
+    ],
+)
+def test_loop_of_more_or_unknown_turns_stays(count: str, condition: str, again: str) -> None:
+    model = text(
+        ONE_TURN.format("y, w", count, condition, again),
+        "float[2,3] x, int64 p, bool go",
+        weights="<int64 n = {1}, int64 m = {4}, bool yes = {1}>",
+    )
+    result, _ = run_pass(model, RemoveBranches)
+    assert "Loop" in op_types(result)
+
+
+def test_loop_of_one_turn_whose_body_returns_what_it_gets() -> None:
+    model = text(
+        "y, z = Loop(n, yes, x, a) <body = b (int64 i, bool c, float[2,3] s, float[2,3] r) => "
+        "(bool d, float[2,3] r, float[2,3] u) { d = Identity(c) u = Add(s, r) }>",
+        "float[2,3] x, float[2,3] a",
+        "float[2,3] y, float[2,3] z",
+        weights="<int64 n = {1}, bool yes = {1}>",
+    )
+    result, _ = run_pass(model, RemoveBranches)
+    assert "Loop" not in op_types(result)
+    feed = {**X, "a": X["x"] * 2}
+    added, doubled = run_ort(result, feed)
+    np.testing.assert_array_equal(added, feed["a"])
+    np.testing.assert_array_equal(doubled, feed["x"] + feed["a"])
+
+
+def squeezing(
+    axis: int = -1, then: str = "Squeeze(x, ax)", other: str = "Identity(x)", reader: str = "Gemm(z, w)"
+) -> str:
+    """What PyTorch's squeeze becomes, and what takes a matrix only."""
+    return f"""
+        <ir_version: 8, opset_import: ["": 18]> g (float[n,3,m] x, bool c) => (float[a,b] y)
+        <int64[1] ax = {{-1}}, int64[1] at = {{{axis}}}, int64[1] one = {{1}}, float[3,2] w = {{1,2,3,4,5,6}}> {{
+            s = Shape(x) d = Gather(s, at) e = Equal(d, one)
+            z = If(e) <then_branch = t () => (float[p,q] u) {{ u = {then} }},
+                       else_branch = f () => (float[o,r,v] k) {{ k = {other} }}>
+            y = {reader}
+        }}"""
+
+
+def test_a_squeeze_that_must_be_one() -> None:
+    model = squeezing()
+    result, _ = run_pass(model, RemoveBranches)
+    assert "If" not in op_types(result)
+    fed = {"x": np.arange(6, dtype=np.float32).reshape(2, 3, 1), "c": np.array(True)}
+    assert_same_bits(model, result, fed)
+    wrong = {"x": np.zeros((2, 3, 2), np.float32), "c": np.array(True)}
+    for either in (model, result):  # what failed still fails
+        with pytest.raises(Exception, match=r"Gemm|GEMM|Squeeze|squeeze|rank|Dimension|dimension"):
+            run_ort(either, wrong)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        squeezing(reader="Relu(z)"),
+        squeezing(axis=0),
+        squeezing(then="Identity(x)", other="Squeeze(x, ax)"),
+        squeezing(other="Abs(x)"),
+        squeezing(reader="If(c) <then_branch = t2 () => (float[g,h] g1) { g1 = Gemm(z, w) }, "
+                         "else_branch = f2 () => (float[i,j] g2) { g2 = Reshape(x, mm) }>").replace(
+            "int64[1] one", "int64[2] mm = {-1, 3}, int64[1] one"),
+    ],
+    ids=["any rank is taken", "another axis", "the other way round", "not the same", "where the reader may not run"],
+)  # fmt: skip
+def test_a_squeeze_that_need_not_be_one_stays(model: str) -> None:
+    result, _ = run_pass(model, RemoveBranches)
+    assert "If" in op_types(result)
+    ifs = [node for node in result.graph if node.op_type == "If"]
+    assert any(value.name == "z" for node in ifs for value in node.outputs)
+
+
+SILERO = find_spec("silero_vad")
+
+
+@pytest.mark.skipif(SILERO is None, reason="silero-vad is not installed")
+def test_silero_decides_between_its_two_rates_and_nothing_else() -> None:
+    """Of 25 Ifs the one on the sample rate is left: the others ask for ranks, or squeeze what must be one."""
+    assert SILERO is not None and SILERO.origin is not None
+    file = Path(SILERO.origin).parent / "data" / "silero_vad.onnx"
+    passes = (RemoveBranches, FoldConstants, RemoveIdentities, MergeDuplicates, RemoveDead)
+    result, _ = run_pass(ir.load(file), *passes)
+    assert op_types(ir.load(file)).count("If") == 25
+    assert op_types(result).count("If") == 1
+    numbers = np.random.default_rng(0)
+    for rate, length in ((16000, 576), (8000, 288)):
+        for batch in (1, 3):
+            feed = {
+                "input": numbers.standard_normal((batch, length)).astype(np.float32),
+                "state": numbers.standard_normal((2, batch, 128)).astype(np.float32),
+                "sr": np.array(rate),
+            }
+            assert_same_bits(ir.load(file), result, feed)

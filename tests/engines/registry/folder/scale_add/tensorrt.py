@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
-from graphopt.engines.plugin_nodes import check_types, write_node
 from graphopt.engines.plugins import Array, Attributes, Choice, Lowered, Meaning, Plugin, Refused, Types, Written
+from graphopt.engines.plugins.nodes import check_types, write_node
 from graphopt.kernels.kernel import Kernel, Launch, Parameter, Shape, ceil_div
 
 THREADS = 128

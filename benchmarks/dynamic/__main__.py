@@ -1,0 +1,3 @@
+from benchmarks.dynamic.run import main
+
+raise SystemExit(main())

@@ -1,0 +1,116 @@
+"""What is in a bundle: its plan, its blocks and their sizes. Reads no weight and runs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from graphopt.bundles.drawing import used_by
+from graphopt.bundles.folder import read_bundle
+from graphopt.bundles.plan import Block, Plan
+from graphopt.bundles.profile import Profile, read_profile
+from graphopt.files.load import load_model
+from graphopt.files.placement import storage_key, tensor_slots
+
+
+@dataclass(frozen=True)
+class BlockContents:
+    """A block.
+
+    Attributes:
+        name: In the plan.
+        block: As the plan describes it.
+        bytes: Of its file, with the weights that it reads from a data file.
+        used: How many runs of the plan take it.
+    """
+
+    name: str
+    block: Block
+    bytes: int
+    used: int
+
+
+@dataclass(frozen=True)
+class BundleContents:
+    """What is in a bundle.
+
+    Attributes:
+        path: The bundle.
+        version: The name of its current version.
+        plan: The version's plan.
+        profile: What was counted on it; None where nothing was.
+        blocks: In the order of the plan.
+        bytes: Of all files of the version.
+        shared_bytes: Of weights that several blocks read, each counted once.
+    """
+
+    path: Path
+    version: str
+    plan: Plan
+    profile: Profile | None
+    blocks: tuple[BlockContents, ...]
+    bytes: int
+    shared_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the plan and the profile as in their files."""
+        return {
+            "path": self.path,
+            "version": self.version,
+            "bytes": self.bytes,
+            "shared_bytes": self.shared_bytes,
+            "blocks": {
+                one.name: {"file": one.block.file, "nodes": one.block.nodes, "bytes": one.bytes, "used": one.used}
+                for one in self.blocks
+            },
+            "profile": None if self.profile is None else self.profile.model_dump(),
+            "plan": self.plan.model_dump(by_alias=True, exclude_defaults=True),
+        }
+
+
+def bundle_contents(bundle: str | Path) -> BundleContents:
+    """Look into a bundle.
+
+    Raises:
+        BadInput: It is no bundle, or one of its files is not what it should be.
+    """
+    version, plan = read_bundle(bundle)
+    used = used_by(plan)
+    blocks: list[BlockContents] = []
+    readers: dict[object, set[str]] = {}
+    sizes: dict[object, int] = {}
+    for name, block in plan.blocks.items():
+        file = version / block.file
+        outside = 0
+        for key, size in _outside(file) if file.suffix == ".onnx" else ():
+            outside += size if name not in readers.setdefault(key, set()) else 0
+            readers[key].add(name)
+            sizes[key] = size
+        blocks.append(BlockContents(name, block, file.stat().st_size + outside, used[name]))
+    return BundleContents(
+        path=Path(bundle),
+        version=version.name,
+        plan=plan,
+        profile=read_profile(version),
+        blocks=tuple(blocks),
+        bytes=sum(file.stat().st_size for file in version.iterdir() if file.is_file()),
+        shared_bytes=sum(size for key, size in sizes.items() if len(readers[key]) > 1),
+    )
+
+
+def bundle_bytes(bundle: str | Path) -> int:
+    """The size of all files of a bundle's current version."""
+    version, _ = read_bundle(bundle)
+    return sum(file.stat().st_size for file in version.iterdir() if file.is_file())
+
+
+def _outside(file: Path) -> list[tuple[object, int]]:
+    """The tensors that an ONNX file has in its data file: where each lies, and its size in bytes."""
+    return [
+        (storage_key(slot.tensor), slot.tensor.nbytes)
+        for slot in tensor_slots(load_model(file))
+        if isinstance(slot.tensor, ir.ExternalTensor)
+    ]

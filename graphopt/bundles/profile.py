@@ -1,0 +1,156 @@
+"""How often what a plan says was done: counted while a bundle runs, kept beside its plan, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from graphopt.bundles.plan import Branch, Plan, Run, Step
+from graphopt.errors import BadInput
+
+PROFILE = "profile.json"
+LIKELY = 0.1
+"""What at least this share of the inputs needs is likely."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Sides(_Part):
+    """How often a branch went each way."""
+
+    then: int = 0
+    otherwise: int = 0
+
+    @property
+    def asked(self) -> int:
+        """How often its condition was asked."""
+        return self.then + self.otherwise
+
+
+class Turns(_Part):
+    """How often a loop turned.
+
+    Attributes:
+        entered: How often it was come to.
+        begun: How often it took one turn at least.
+        turns: All turns together.
+        most: Of one time.
+    """
+
+    entered: int = 0
+    begun: int = 0
+    turns: int = 0
+    most: int = 0
+
+
+class Profile(_Part):
+    """What was counted.
+
+    Attributes:
+        version: Of this schema.
+        inputs: How many inputs were run.
+        runs: For each run of the plan, by the first value that it makes, how often it was done.
+        branches, loops: By the names that they have in the plan.
+    """
+
+    version: Literal[1] = 1
+    inputs: int = 0
+    runs: dict[str, int] = {}
+    branches: dict[str, Sides] = {}
+    loops: dict[str, Turns] = {}
+
+    def to_json(self) -> str:
+        """As it is written to a file."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+class Counts:
+    """The course of runs, watched and not changed; ``profile.inputs`` is the caller's to count.
+
+    Attributes:
+        profile: What was counted so far.
+    """
+
+    def __init__(self) -> None:
+        self.profile = Profile()
+
+    def branch(self, name: str, truth: bool) -> bool:
+        """One more time that way."""
+        sides = self.profile.branches.setdefault(name, Sides())
+        if truth:
+            sides.then += 1
+        else:
+            sides.otherwise += 1
+        return truth
+
+    def turn(self, name: str, number: int, truth: bool) -> bool:
+        """One more turn, or the end of a loop."""
+        counted = self.profile.loops.setdefault(name, Turns())
+        counted.entered += number == 0
+        if truth:
+            counted.begun += number == 0
+            counted.turns += 1
+            counted.most = max(counted.most, number + 1)
+        return truth
+
+    def run(self, block: str, makes: Sequence[str]) -> None:
+        """One more run."""
+        runs = self.profile.runs
+        runs[makes[0]] = runs.get(makes[0], 0) + 1
+
+
+def read_profile(version: Path) -> Profile | None:
+    """The profile in the folder of a bundle's version; None where there is none.
+
+    Raises:
+        BadInput: There is a file of that name, and it is none.
+    """
+    path = version / PROFILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput("cannot be read as a profile", where=str(path), hint="remove it, or write it anew") from error
+    if isinstance(content, dict) and content.get("version", 1) != 1:
+        raise BadInput(f"is of version {content['version']}", where=str(path), hint="a newer graphopt reads it")
+    try:
+        return Profile.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise BadInput(f"is no profile: {place}: {problem['msg']}", where=str(path)) from error
+
+
+def likely_blocks(plan: Plan, profile: Profile | None) -> list[str]:
+    """The blocks that an input is likely to need, in the order in which they are first needed.
+
+    Args:
+        plan: Of a bundle.
+        profile: What was counted on it; None: likely is only what every run comes to.
+    """
+    needed = (name for name, share in _shares(plan.steps, profile, 1.0) if share >= LIKELY)
+    return list(dict.fromkeys(needed))
+
+
+def _shares(steps: Sequence[Step], profile: Profile | None, share: float) -> Iterator[tuple[str, float]]:
+    """The blocks of steps in their order, and the share of inputs that comes to each where ``share`` comes to these.
+
+    What a branch and one in it decide is taken as independent.
+    """
+    for step in steps:
+        if isinstance(step, Run):
+            yield step.run, share
+        elif isinstance(step, Branch):
+            sides = (profile.branches.get(step.branch) if profile else None) or Sides()
+            for inner, taken in ((step.then, sides.then), (step.otherwise, sides.otherwise)):
+                yield from _shares(inner, profile, share * taken / max(sides.asked, 1))
+        else:
+            turns = (profile.loops.get(step.loop) if profile else None) or Turns()
+            yield from _shares(step.body, profile, share * turns.begun / max(turns.entered, 1))

@@ -1,0 +1,174 @@
+"""Marker operators: how decisions, joins and loops pass through torch.export and torch's ONNX exporter.
+
+All markers are pure, in the domain ``graphopt.flow``, and gone once `sinking` has made Ifs and Loops of them:
+
+* ``decide(condition, number)``: the truth of decision ``number``, a scalar bool.
+* ``select(condition, one, other, join)``: ``one`` where the condition is true. Same dtype and rank.
+* ``loop_begin(initial, loop, index, dynamic)``: the value of carried variable ``index`` as a turn of the loop begins;
+  the axes flagged dynamic change their size from turn to turn. (Without the index, two variables that begin as one
+  tensor would be taken for one.)
+* ``loop_turn(first, loop)``: the number of turns that came before, from 0.
+* ``loop_state(first, again, initials, news, begins, each, loop, trips)``: the loop as a whole. ``first`` and
+  ``again`` say whether the first and the next turn run; ``each`` is stacked, turn by turn.
+* ``loop_result(state, like, index, stacked, dynamic)``: result ``index`` of the loop, carried ones first.
+
+The pieces of a loop are tied by its number and by ``loop_state``, which consumes them all, so that nothing that
+the body needs is removed as dead between tracing and sinking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+DOMAIN = "graphopt.flow"
+_NAMESPACE = "graphopt_flow"
+
+_OPERATORS = {
+    "decide": "(Tensor condition, int number) -> Tensor",
+    "select": "(Tensor condition, Tensor one, Tensor other, int join) -> Tensor",
+    "loop_begin": "(Tensor initial, int loop, int index, bool[] dynamic) -> Tensor",
+    "loop_turn": "(Tensor first, int loop) -> Tensor",
+    "loop_state": "(Tensor first, Tensor again, Tensor[] initials, Tensor[] news, Tensor[] begins, Tensor[] each,"
+    " int loop, int trips) -> Tensor",
+    "loop_result": "(Tensor state, Tensor like, int index, bool stacked, bool[] dynamic) -> Tensor",
+}
+_TYPES = "float double float16 bfloat16 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64"
+
+
+def differing_axes(one: Any, other: Any) -> list[bool]:
+    """For each axis of two tensors of one rank: whether their sizes are not known to be the same."""
+
+    def same(size: Any, with_size: Any) -> bool:
+        if isinstance(size, int) and isinstance(with_size, int):
+            return size == with_size
+        return size is with_size or str(size) == str(with_size)
+
+    return [not same(a, b) for a, b in zip(one.shape, other.shape, strict=True)]
+
+
+@cache
+def operators() -> Any:
+    """torch's namespace of the marker operators, defined on the first call."""
+    import torch
+
+    library = torch.library.Library(_NAMESPACE, "DEF")
+    for name, signature in _OPERATORS.items():
+        library.define(name + signature)
+
+    def like(value: Any, dynamic: Sequence[bool], *leading: Any) -> Any:
+        # Not `empty_like`: a fake tensor that holds a known constant would give a "known" value of garbage.
+        context = torch.library.get_ctx() if any(dynamic) else None
+        flags = list(dynamic) or [False] * value.dim()
+        shape = [context.new_dynamic_size() if d and context else s for s, d in zip(value.shape, flags, strict=True)]
+        return torch.empty([*leading, *shape], dtype=value.dtype, device=value.device)
+
+    def scalar(dtype: Any) -> Callable[..., Any]:
+        return lambda value, *_: torch.empty((), dtype=dtype, device=value.device)
+
+    def result(state: Any, value: Any, index: int, stacked: bool, dynamic: Sequence[bool]) -> Any:
+        return like(value, dynamic, *([torch.library.get_ctx().new_dynamic_size()] if stacked else []))
+
+    fakes: dict[str, Callable[..., Any]] = {
+        "decide": scalar(torch.bool),
+        "select": lambda condition, one, other, join: like(one, differing_axes(one, other)),
+        "loop_begin": lambda initial, loop, index, dynamic: like(initial, dynamic),
+        "loop_turn": scalar(torch.int64),
+        "loop_state": scalar(torch.bool),
+        "loop_result": result,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
+    namespace = getattr(torch.ops, _NAMESPACE)
+    namespace.library = library  # it lives as long as the operators do
+    return namespace
+
+
+@cache
+def translations() -> dict[Any, Callable[..., Any]]:
+    """What torch's ONNX exporter makes of each marker: one node of the domain `DOMAIN`."""
+    from onnxscript.values import Opset
+
+    _register_schemas()
+    flow = Opset(DOMAIN, 1)
+
+    def decide(condition: Any, number: int) -> Any:
+        return flow.Decide(condition, number=number)
+
+    def select(condition: Any, one: Any, other: Any, join: int) -> Any:
+        return flow.Select(condition, one, other, number=join)
+
+    def loop_begin(initial: Any, loop: int, index: int, dynamic: Sequence[bool] = ()) -> Any:
+        return flow.LoopBegin(initial, number=loop, index=index)
+
+    def loop_turn(first: Any, loop: int) -> Any:
+        return flow.LoopTurn(first, number=loop)
+
+    def loop_state(
+        first: Any,
+        again: Any,
+        initials: Sequence[Any] = (),
+        news: Sequence[Any] = (),
+        begins: Sequence[Any] = (),
+        each: Sequence[Any] = (),
+        loop: int = 0,
+        trips: int = -1,
+    ) -> Any:
+        return flow.LoopState(
+            first, again, *initials, *news, *begins, *each, number=loop, trips=trips, carried=len(news)
+        )
+
+    def loop_result(state: Any, like: Any, index: int, stacked: bool = False, dynamic: Sequence[bool] = ()) -> Any:
+        return flow.LoopResult(state, like, number=index)
+
+    space = operators()
+    table: dict[str, Callable[..., Any]] = {
+        "decide": decide,
+        "select": select,
+        "loop_begin": loop_begin,
+        "loop_turn": loop_turn,
+        "loop_state": loop_state,
+        "loop_result": loop_result,
+    }
+    return {getattr(space, name).default: function for name, function in table.items()}
+
+
+def _register_schemas() -> None:
+    """Schemas of the marker nodes: the exporter looks them up to place inputs and attributes."""
+    import onnx.defs as defs
+
+    parameter, schema = defs.OpSchema.FormalParameter, defs.OpSchema
+    variadic = schema.FormalParameterOption.Variadic
+    every = [f"tensor({name})" for name in _TYPES.split()]
+    same, free, truth, count = "T", "U", "tensor(bool)", "tensor(int64)"
+    shapes: dict[str, tuple[list[Any], str, list[str]]] = {
+        "Decide": ([parameter("condition", truth)], truth, ["number"]),
+        "Select": (
+            [parameter("condition", truth), parameter("one", same), parameter("other", same)],
+            same,
+            ["number"],
+        ),
+        "LoopBegin": ([parameter("initial", same)], same, ["number", "index"]),
+        "LoopTurn": ([parameter("first", truth)], count, ["number"]),
+        "LoopState": (
+            [parameter("values", free, param_option=variadic, is_homogeneous=False)],
+            truth,
+            ["number", "trips", "carried"],
+        ),
+        "LoopResult": ([parameter("state", truth), parameter("like", same)], same, ["number"]),
+    }
+    for name, (inputs, output, attributes) in shapes.items():
+        used = {p.type_str for p in inputs} | {output}
+        defs.register_schema(
+            schema(
+                name,
+                DOMAIN,
+                1,
+                "",
+                inputs=inputs,
+                outputs=[parameter("output", output)],
+                type_constraints=[(letter, every, "") for letter in (same, free) if letter in used],
+                attributes=[schema.Attribute(key, schema.AttrType.INT, "") for key in attributes],
+            )
+        )

@@ -1,0 +1,1 @@
+"""Passes for networks that decide while they run: If and Loop."""
