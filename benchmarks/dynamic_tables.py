@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.dynamic.families import FAMILIES
+from benchmarks.dynamic.tables import dynamic
 from docs.generate import md_table
 
 Result = Mapping[str, Any]
@@ -96,6 +97,16 @@ def per_sample(result: Result) -> str:
         "as one at a time",
     ]
     return md_table(heads, rows, right=2)
+
+
+DYNAMIC = {
+    "dynamic": dynamic,
+    "silero": silero,
+    "split_corpus": split_corpus,
+    "host_overhead": host_overhead,
+    "rtx_dynamic": rtx_dynamic,
+    "per_sample": per_sample,
+}
 
 
 def _interval(ratio: Mapping[str, float]) -> str:

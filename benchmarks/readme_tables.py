@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT
-from benchmarks.dynamic.tables import DYNAMIC
-from benchmarks.dynamic_tables import per_sample
+from benchmarks.dynamic_tables import DYNAMIC
 from benchmarks.gpu_tables import GPU
 from benchmarks.lowrank_tables import LOW_RANK
 from docs.generate import fill, md_table
@@ -215,7 +214,6 @@ TABLES: dict[str, Callable[[Result], str]] = {
     **LOW_RANK,
     **GPU,
     **DYNAMIC,
-    "per_sample": per_sample,
 }
 
 

@@ -19,11 +19,12 @@ import onnx_ir as ir
 from graphopt import garbage, gates, graphs
 from graphopt.attempts import Attempt, Plan, Progress, run_attempt
 from graphopt.bundles.folder import StagedBundle, check_bundle_target, stage_bundle
-from graphopt.bundles.making import BundleFacts, bundle_size, make_parts, write_profile
+from graphopt.bundles.making import BundleFacts, make_parts, write_profile
 from graphopt.cases import read_feeds
 from graphopt.checking import Checked, check, check_bundle
 from graphopt.errors import BadInput, GateFailed
 from graphopt.files import StagedSave, load_model, stage_model
+from graphopt.files.folder import bytes_in
 from graphopt.numerics.blas import single_threaded_blas
 from graphopt.recipes import load_recipes, passes_of
 from graphopt.report import ModelFacts, Report, Verification, environment, facts
@@ -150,7 +151,7 @@ def optimize(
                     if plan.feeds is not None and not checked.refused and not checked.needs_preparation:
                         say("counting")
                         write_profile(split_up, plan.feeds, plan.custom_ops)
-                made.bytes = bundle_size(split_up.version)
+                made.bytes = bytes_in(split_up.version)
             if checked.refused:
                 undone.update(checked.refused)
                 if number >= MAX_ATTEMPTS - PATIENCE:
@@ -170,7 +171,7 @@ def optimize(
                 )
             for condition in conditions:
                 condition.check(verification)
-            size = made.bytes if made is not None else bundle_size(path.parent)
+            size = made.bytes if made is not None else bytes_in(path.parent)
             result.commit()
         break
     else:

@@ -43,7 +43,7 @@ class Verification:
             ``opaque`` nodes and nodes ``unchecked`` behind them; ``reference``: what rounding was measured against;
             ``twin``: whether narrow floats were checked through float32; ``feeds``: calibration or synthesised;
             ``ways``, of a bundle: where its decisions went by the feeds and where they were sent
-            (`graphopt.bundles.rehearsal.Ways`).
+            (`graphopt.bundles.sending.Ways`).
         metric: The user's own metric, before and after, where there is one.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import dynamic_tables, host_overhead, silero, split_corpus
+from benchmarks import host_overhead, silero, split_corpus
 from tests.models.nests import Nest
 
 
@@ -59,27 +59,3 @@ def test_the_sound_is_sound_like_and_every_chunk_follows_the_one_before() -> Non
     assert not heard[0][0, :64].any()
     for one, other in pairwise(heard):
         np.testing.assert_array_equal(other[0, :64], one[0, -64:])
-
-
-RATIO = {"value": 1.234, "low": 1.2, "high": 1.3}
-
-
-def test_results_become_tables() -> None:
-    overhead = {"cases": {"a call": {"cpu_us": {"by hand": 1.7, "host": 2.1}, "ratio": {"cpu": RATIO}}}}
-    assert "| a call | 1.70 | 2.10 |  | 1.23 (1.20 to 1.30) |" in dynamic_tables.host_overhead(overhead)
-    one = {"wall_us": 60.0, "cpu_us": 61.0, "speedup": RATIO, "cpu_speedup": RATIO}
-    timed = {"original": one, "bundle": one}
-    rate = {"compared": {"same_bits": 1874, "chunks": 1875}, "timed": timed}
-    told = dynamic_tables.silero({"rates": {"8000": rate}, "ifs_before": 25, "ifs_in_blocks": 0})
-    assert "1,874 of 1,875 chunks at 8000 Hz; 25 If before, 0 in the blocks" in told
-    assert "| 8 kHz, original | 60.0 | 61.0 |  |  |" in told and "| 8 kHz, bundle | 60.0 | 61.0 | 1.23" in told
-    counts = {way: {"same": 3} for way in ("split", "split, as arrays", "merged")}
-    corpus = {
-        "networks": 4,
-        "control_flow": 9,
-        "inputs": 5,
-        "counts": {**counts, "control flow left": {"none": 4}},
-        "not_run_by_onnxruntime": {"one": "why"},
-    }
-    told = dynamic_tables.split_corpus({"node corpus": corpus, "random nests": corpus})
-    assert "| random nests | 4 | 9 | 5 | 3 | 3 | 3 | 4 | 1 |" in told

@@ -91,6 +91,19 @@ def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
 MACHINE = {"cpu": "a CPU", "cores": 2, "memory_gb": 8.0, "python": "3.11.7", "onnxruntime": "1.31.1"}
 RUN = {"wall": 2.0, "cpu": 1.9, "peak_bytes": 150_000_000}
 RATIO = {"value": 1.25, "low": 1.2, "high": 1.3}
+TIMED = {"wall_us": 60.0, "cpu_us": 61.0, "speedup": RATIO, "cpu_speedup": RATIO}
+SPLIT = {
+    "networks": 4,
+    "control_flow": 9,
+    "inputs": 5,
+    "counts": {
+        "split": {"same": 3},
+        "split, as arrays": {"same": 3},
+        "merged": {"same": 3},
+        "control flow left": {"none": 4},
+    },
+    "not_run_by_onnxruntime": {"one": "why"},
+}
 ERRORS = {"tokens": 2.1e-6, "embeddings": 1.5e-7, "padding": 6e-5}
 COARSE = {"dense": 2e-3, "pivot rows": 7e-3}
 COMPRESSED = {"method": "svd", "asked": 0.7}
@@ -330,6 +343,56 @@ RESULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
             },
         },
         ["12 rounds", "| Net | 7 | 3e-06 | 12%+ | 3.2 (3.0-4.0) | 2.1; 10.6 | 1.25 (1.20-1.30) | 3 of 7 | 5 |"],
+    ),
+    "silero": (
+        {
+            "ifs_before": 25,
+            "ifs_in_blocks": 0,
+            "rates": {
+                "8000": {
+                    "compared": {"same_bits": 1874, "chunks": 1875},
+                    "timed": dict.fromkeys(
+                        ("original", "bundle"),
+                        {"wall_us": 60.0, "cpu_us": 61.0, "speedup": RATIO, "cpu_speedup": RATIO},
+                    ),
+                }
+            },
+        },
+        [
+            "1,874 of 1,875 chunks at 8000 Hz; 25 If before, 0 in the blocks",
+            "| 8 kHz, original | 60.0 | 61.0 |  |  |",
+            "| 8 kHz, bundle | 60.0 | 61.0 | 1.25 (1.20 to 1.30) |",
+        ],
+    ),
+    "split_corpus": (
+        {"node corpus": SPLIT, "random nests": SPLIT},
+        ["| random nests | 4 | 9 | 5 | 3 | 3 | 3 | 4 | 1 |"],
+    ),
+    "host_overhead": (
+        {"cases": {"a call": {"cpu_us": {"by hand": 1.7, "host": 2.1}, "ratio": {"cpu": RATIO}}}},
+        ["| a call | 1.70 | 2.10 |  | 1.25 (1.20 to 1.30) |"],
+    ),
+    "rtx_dynamic": (
+        {
+            "version": "1.7",
+            "families": [
+                {
+                    "family": "vgg",
+                    "blocks": 7,
+                    "built": 5,
+                    "handed_on": 1,
+                    "refused": {"why": 1},
+                    "wall": 40.1,
+                    "bytes": 2e6,
+                },
+                {"family": "resnet", "status": "not exported"},
+            ],
+        },
+        [
+            "TensorRT-RTX 1.7; built, not run",
+            "| VGG-16 | 7 | 5 | 1 | 1 (why) | 40 | 2.0 |",
+            "| ResNet-56 | not exported |",
+        ],
     ),
     "per_sample": (
         {

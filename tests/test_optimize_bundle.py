@@ -115,7 +115,7 @@ def test_recipes_compose(net: Path) -> None:
         ("out.onnx", "the result is a bundle, which is a folder"),
         ("mine", "is no bundle, and would be replaced"),
         ("no/where", "no such folder"),
-        ("net.onnx/x", "no such folder"),
+        ("net.onnx/x", "net.onnx: is no folder"),
     ],
 )
 def test_where_a_bundle_cannot_go(out: str, said: str, net: Path) -> None:

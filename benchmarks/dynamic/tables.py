@@ -47,6 +47,3 @@ def dynamic(result: Mapping[str, Any]) -> str:
         f" Errors: largest absolute difference to eager torch, allowed {result['allowed']:.0e}."
     )
     return f"{told}\n\n{md_table(HEADINGS, [row(found) for found in families], right=1)}"
-
-
-DYNAMIC = {"dynamic": dynamic}

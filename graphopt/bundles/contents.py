@@ -12,6 +12,7 @@ from graphopt.bundles.drawing import used_by
 from graphopt.bundles.folder import read_bundle
 from graphopt.bundles.plan import Block, Plan
 from graphopt.bundles.profile import Profile, read_profile
+from graphopt.files.folder import bytes_in
 from graphopt.files.load import load_model
 from graphopt.files.placement import storage_key, tensor_slots
 
@@ -96,7 +97,7 @@ def bundle_contents(bundle: str | Path) -> BundleContents:
         plan=plan,
         profile=read_profile(version),
         blocks=tuple(blocks),
-        bytes=sum(file.stat().st_size for file in version.iterdir() if file.is_file()),
+        bytes=bytes_in(version),
         shared_bytes=sum(size for key, size in sizes.items() if len(readers[key]) > 1),
     )
 
@@ -104,7 +105,7 @@ def bundle_contents(bundle: str | Path) -> BundleContents:
 def bundle_bytes(bundle: str | Path) -> int:
     """The size of all files of a bundle's current version."""
     version, _ = read_bundle(bundle)
-    return sum(file.stat().st_size for file in version.iterdir() if file.is_file())
+    return bytes_in(version)
 
 
 def _outside(file: Path) -> list[tuple[object, int]]:

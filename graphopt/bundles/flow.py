@@ -90,21 +90,15 @@ def origins(plan: Plan) -> dict[str, set[str]]:
     return found
 
 
-def handed_through(plan: Plan) -> set[str]:
-    """The values that no block has made: inputs of the network as they came, and numbers of the host itself."""
-    own = {port.name for port in plan.inputs}
-    loops = [step for step in walk(plan.steps) if isinstance(step, Loop)]
-    own.update(port.name for step in loops for port in (step.counter, step.goes) if port is not None)
-    return own.union(name for name, values in origins(plan).items() if not own.isdisjoint(values))
-
-
 def shared_outputs(plan: Plan) -> list[str]:
     """The outputs that somebody else may have too: the caller as an input, a later run, or another output."""
-    unmade, known = handed_through(plan), origins(plan)
-    shared, taken = [], set[str]()
+    taken = {port.name for port in plan.inputs}
+    loops = [step for step in walk(plan.steps) if isinstance(step, Loop)]
+    taken.update(port.name for step in loops for port in (step.counter, step.goes) if port is not None)
+    known, shared = origins(plan), []
     for output, name in plan.gives.items():
         may_be = known.get(name, {name})
-        if name in unmade or not taken.isdisjoint(may_be):
+        if not taken.isdisjoint(may_be):
             shared.append(output)
         taken |= may_be
     return shared

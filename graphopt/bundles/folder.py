@@ -13,7 +13,6 @@ file: a bundle that is being written is the old one or the new one at any time, 
 from __future__ import annotations
 
 import filecmp
-import json
 import os
 import shutil
 import tempfile
@@ -21,14 +20,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-import onnx_ir as ir
+import onnx
 import xxhash
-from pydantic import ValidationError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from graphopt.bundles.plan import Plan
+from graphopt.bundles.checks import ANEW, check_plan
+from graphopt.bundles.holding import Hold, remove_if_free
+from graphopt.bundles.plan import Block, Plan
+from graphopt.bundles.schema import read_json
 from graphopt.bundles.split import Split
 from graphopt.errors import BadInput, GraphoptError
-from graphopt.files.folder import STAGING_SUFFIX, as_one_line, locked, remove_leftovers, take_lock
+from graphopt.files.external import external_sizes
+from graphopt.files.folder import STAGING_SUFFIX, as_one_line, check_folder, locked, remove_leftovers, take_lock
 from graphopt.files.placement import Slot, goes_outside, tensor_slots
 from graphopt.files.writing import saved_form, serialise, write_data, write_file
 
@@ -118,7 +121,7 @@ class StagedBundle:
                 version = self._target / name
             for other in self._target.iterdir():
                 if other.is_dir() and other != version and (other / PLAN).exists():
-                    shutil.rmtree(other, ignore_errors=True)
+                    remove_if_free(other)
         self.discard()
         return version
 
@@ -150,8 +153,9 @@ def stage_bundle(parts: Split, bundle: str | Path, *, files: Iterable[Path] = ()
     target = Path(bundle)
     check_bundle_target(target)
     with as_one_line(target):
-        remove_leftovers(target)
-        staged = StagedBundle(target)
+        with locked(target.absolute().parent):  # a folder that has no lock yet is none that a killed save left
+            remove_leftovers(target)
+            staged = StagedBundle(target)
         try:
             staged.write(parts, files)
         except BaseException:
@@ -168,11 +172,7 @@ def check_bundle_target(target: Path) -> None:
     """
     if target.exists() and not is_bundle(target) and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("is no bundle, and would be replaced", where=str(target), hint="give another name")
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise BadInput("no such folder", where=str(target.parent), hint=f"mkdir -p {target.parent}")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise BadInput("no permission to write here", where=str(target.parent), hint="write to another folder")
+    check_folder(target.parent)
 
 
 def _put_beside(version: Path, bundle: Path, name: str) -> Path:
@@ -207,37 +207,111 @@ def is_bundle(path: Path) -> bool:
     return (path / CURRENT).is_file()
 
 
-def read_bundle(bundle: str | Path) -> tuple[Path, Plan]:
-    """The folder of a bundle's current version, and its plan.
+class OpenBundle:
+    """The current version of a bundle, which stays as long as somebody has this, whatever is written meanwhile.
+
+    Attributes:
+        version: Its folder.
+        plan: Its plan, which a host can follow.
+    """
+
+    def __init__(self, version: Path, plan: Plan, hold: Hold | None) -> None:
+        self.version = version
+        self.plan = plan
+        self._hold = hold
+
+    def close(self) -> None:
+        """Let it go before nobody has this any more."""
+        if self._hold is not None:
+            self._hold.close()
+
+
+def open_bundle(bundle: str | Path) -> OpenBundle:
+    """Open the current version of a bundle: its plan is checked, and that its blocks and their weights are there.
 
     Raises:
-        BadInput: It is no bundle, or not a whole one.
+        BadInput: It is no bundle, not a whole one, or its plan cannot be followed.
     """
     folder = Path(bundle)
     if not is_bundle(folder):
         raise BadInput("is no bundle", where=str(folder), hint=f"a bundle is a folder with a file '{CURRENT}'")
-    name = (folder / CURRENT).read_text(encoding="utf-8").strip()
-    version = folder / name
-    if not name or Path(name).name != name or not version.is_dir():
-        raise BadInput(f"names a version {name!r} that is not there", where=str(folder / CURRENT))
+    version, hold = _hold_current(folder)
     path = version / PLAN
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput("cannot be read as a plan", where=str(path), hint="write the bundle anew") from error
-    if isinstance(content, dict) and content.get("version", 1) != 1:
-        raise BadInput(f"is of version {content['version']}", where=str(path), hint="a newer graphopt reads it")
-    try:
-        plan = Plan.model_validate(content)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise BadInput(f"is no plan: {place}: {problem['msg']}", where=str(path)) from error
+    plan = read_json(path, Plan, "plan", ANEW)
+    check_plan(plan, path)
+    needed: dict[str, int] = {}
     for block in plan.blocks.values():
         file = version / block.file
         if Path(block.file).name != block.file or not file.is_file():
-            raise BadInput(f"the block {block.file!r} is not there", where=str(path), hint="write the bundle anew")
-    return version, plan
+            raise BadInput(f"the block {block.file!r} is not there", where=str(path), hint=ANEW)
+        for name, size in _data_of(file, block) if file.suffix == ".onnx" else ():
+            needed[name] = max(size, needed.get(name, 0))
+    for name, size in needed.items():
+        _check_data(version, name, size)
+    return OpenBundle(version, plan, hold)
+
+
+def read_bundle(bundle: str | Path) -> tuple[Path, Plan]:
+    """The folder of a bundle's current version, and its plan. The version may go when a new one is written.
+
+    Raises:
+        BadInput: As `open_bundle`.
+    """
+    opened = open_bundle(bundle)
+    return opened.version, opened.plan
+
+
+def _hold_current(bundle: Path) -> tuple[Path, Hold | None]:
+    """The folder of the current version, held; one that is taken away meanwhile is no longer the current one."""
+    name = _current(bundle)
+    while True:
+        version, hold = bundle / name, None
+        try:
+            hold = Hold(version)
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a NUL in it
+            there = False
+        except OSError:  # it may be read by its name only, as one that was given to all may
+            there = version.is_dir()
+        else:
+            there = hold.is_there
+        if there:
+            return version, hold
+        before, name = name, _current(bundle)
+        if name == before:
+            raise BadInput(f"names a version {name!r} that is not there", where=str(bundle / CURRENT), hint=ANEW)
+
+
+def _current(bundle: Path) -> str:
+    path = bundle / CURRENT
+    try:
+        name = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise BadInput("cannot be read as the name of a version", where=str(path), hint=ANEW) from error
+    if not name or Path(name).name != name:
+        raise BadInput(f"names a version {name!r} that is not there", where=str(path), hint=ANEW)
+    return name
+
+
+def _data_of(file: Path, block: Block) -> Iterable[tuple[str, int]]:
+    """The data files of a block, and how many bytes of each it asks for. Reads no weight."""
+    try:
+        model = onnx.load(file, format="protobuf", load_external_data=False)
+        sizes = external_sizes(model)
+    except (OSError, ValueError, KeyError, DecodeError) as error:
+        raise BadInput("cannot be read as a block", where=str(file), hint=ANEW) from error
+    for ports, values in ((block.inputs, model.graph.input), (block.outputs, model.graph.output)):
+        if {port.name for port in ports} != {value.name for value in values}:
+            raise BadInput("is not the block that the plan says", where=str(file), hint=ANEW)
+    return sizes.items()
+
+
+def _check_data(version: Path, name: str, size: int) -> None:
+    path = version / name
+    if Path(name).name != name or not path.is_file():
+        raise BadInput(f"the weights {name!r} are not there", where=str(version), hint=ANEW)
+    found = path.stat().st_size
+    if found < size:
+        raise BadInput(f"has {found} bytes, and the blocks ask for {size}", where=str(path), hint=ANEW)
 
 
 def _write_blocks(parts: Split, staging: Path, target: Path) -> None:
@@ -252,14 +326,10 @@ def _write_blocks(parts: Split, staging: Path, target: Path) -> None:
                 slot.put(new)
                 replaced.append(slot)
         for name, block in parts.blocks.items():
-            write_file(staging / parts.plan.blocks[name].file, _content(block, target), target)
+            write_file(staging / parts.plan.blocks[name].file, serialise(block, target), target)
     finally:
         for slot in replaced:
             slot.put(slot.tensor)
-
-
-def _content(block: ir.Model, target: Path) -> bytes:
-    return serialise(block, target)
 
 
 def _digest(folder: Path) -> str:

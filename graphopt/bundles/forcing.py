@@ -19,7 +19,12 @@ NATURAL = -1
 PREFIX = "force/"
 """Before the name of a decision: the input of a forced model that says which way it goes."""
 DECISIONS = frozenset({"If", "Loop"})
+OLDEST = 9
+"""The first opset that has the operators to force decisions with."""
 MOST_TURNS = 256
+FREE_TURNS = 64
+"""The most turns of a loop that a forced way leaves to the values: one whose end depends on what is forced may have
+none."""
 
 Way = dict[str, int]
 """Name of a decision -> where it goes: If: 0 else, 1 then; Loop: so many turns. Others go as the values say."""
@@ -204,13 +209,19 @@ class _Together:
 # -- an ONNX model -----------------------------------------------------------------------------------------------------
 
 
+def sent(name: str, way: Mapping[str, int]) -> int:
+    """What the input of a decision is on a way."""
+    return way.get(name, NATURAL - FREE_TURNS if way else NATURAL)
+
+
 def force(model: ir.Model) -> list[str]:
     """Let further inputs decide which way a model goes: one for each If and Loop, named ``force/NAME``.
 
-    Each is an int64 scalar. -1: as the values say. An If: 0 else, 1 then. A Loop: so many turns.
+    Each is an int64 scalar (`sent` makes it of a way). -1: as the values say. An If: 0 else, 1 then. A Loop: so many
+    turns; -1 - n: as the values say, but no more than n turns.
 
     Args:
-        model: Without functions, of opset 9 or higher; changed in place.
+        model: Without functions, of opset `OLDEST` or later; changed in place.
 
     Returns:
         The names of the decisions.
@@ -272,7 +283,10 @@ def _force_loop(node: ir.Node, given: ir.Value) -> None:
     sent = write.op("Not", natural)
     if trips is None:
         trips = write.number(np.iinfo(np.int64).max)
-    inputs = [write.op("Where", sent, given, trips), *node.inputs[1:]]
+    most = write.op("Sub", write.number(NATURAL), given)
+    bounded = write.op("And", write.op("Less", given, write.number(NATURAL)), write.op("Less", most, trips))
+    free = write.op("Where", bounded, most, trips)
+    inputs = [write.op("Where", sent, given, free), *node.inputs[1:]]
     if condition is not None:
         inputs[1] = write.op("Or", sent, condition)
     node.resize_inputs(len(inputs))
@@ -307,7 +321,8 @@ class Forced:
         return goes
 
     def turn(self, name: str, number: int, truth: bool) -> bool:
-        goes = number < self.way[name] if name in self.way else truth
+        free = truth and not (self.way and number >= FREE_TURNS)
+        goes = number < self.way[name] if name in self.way else free
         if not goes:
             self.turns.setdefault(name, set()).add(number)
         return goes

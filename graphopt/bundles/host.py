@@ -16,6 +16,7 @@ from graphopt.bundles.backend import Backend, Places
 from graphopt.bundles.course import Course
 from graphopt.bundles.plan import Plan
 from graphopt.bundles.rows import padded, samples_of
+from graphopt.errors import GraphoptError
 
 
 class Program:
@@ -49,13 +50,17 @@ class Program:
 
         Returns:
             For each output.
+
+        Raises:
+            GraphoptError: A block failed, or a value that the host asks, cuts or stacks has not the shape for that.
         """
         places: Places = [None] * self._count
         for name, at in self._inputs:
             places[at] = values[name]
-        if self._apart is not None:
-            return self._run_samples(places, self._apart)
-        return self._follow(places)
+        try:
+            return self._follow(places) if self._apart is None else self._run_samples(places, self._apart)
+        except (ValueError, IndexError) as error:  # numpy's
+            raise GraphoptError(f"a value does not fit the plan: {error}") from error
 
     def _follow(self, places: Places) -> dict[str, Any]:
         for action in self._actions:

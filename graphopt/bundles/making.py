@@ -67,8 +67,3 @@ def write_profile(staged: StagedBundle, feeds: Sequence[Mapping[str, Any]], cust
         runner.run(feeds[index])
         counts.profile.inputs += 1
     write_file(staged.version / PROFILE, counts.profile.to_json().encode(), staged.path)
-
-
-def bundle_size(folder: Path) -> int:
-    """The bytes of all files in a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -132,7 +132,7 @@ class _Merger:
     def output(self, port: Port, values: Values, nodes: list[ir.Node]) -> ir.Value:
         """An output of the network, under its own name."""
         found = values[self.plan.gives[port.name]]
-        if found.producer() is None and found.name == port.name:
+        if any(port.name == given.name for given in self.plan.inputs) and found is values[port.name]:
             return found  # an input that is an output, under one name
         asked = [*self.plan.gives.values()]
         if found.producer() is None or asked.count(self.plan.gives[port.name]) > 1:

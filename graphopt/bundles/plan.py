@@ -11,15 +11,15 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, Discriminator, Field, Tag
 
-VERSION = 1
+from graphopt.bundles.schema import STRICT
 
 Size = int | str | None
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = STRICT
 
 
 class Port(_Part):

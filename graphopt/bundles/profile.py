@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 
 from graphopt.bundles.plan import Branch, Plan, Run, Step
-from graphopt.errors import BadInput
+from graphopt.bundles.schema import STRICT, read_json
 
 PROFILE = "profile.json"
 LIKELY = 0.1
@@ -18,7 +17,7 @@ LIKELY = 0.1
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = STRICT
 
 
 class Sides(_Part):
@@ -112,20 +111,7 @@ def read_profile(version: Path) -> Profile | None:
         BadInput: There is a file of that name, and it is none.
     """
     path = version / PROFILE
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput("cannot be read as a profile", where=str(path), hint="remove it, or write it anew") from error
-    if isinstance(content, dict) and content.get("version", 1) != 1:
-        raise BadInput(f"is of version {content['version']}", where=str(path), hint="a newer graphopt reads it")
-    try:
-        return Profile.model_validate(content)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise BadInput(f"is no profile: {place}: {problem['msg']}", where=str(path)) from error
+    return read_json(path, Profile, "profile", "remove it, or write it anew") if path.is_file() else None
 
 
 def likely_blocks(plan: Plan, profile: Profile | None) -> list[str]:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from graphopt.bundles.course import Course
 from graphopt.bundles.flow import shared_outputs
-from graphopt.bundles.folder import read_bundle
+from graphopt.bundles.folder import open_bundle, read_bundle
 from graphopt.bundles.host import Program
 from graphopt.bundles.ort import OrtBackend
 from graphopt.bundles.plain import PlainBackend
@@ -30,7 +30,7 @@ class BundleRunner:
 
     The blocks that an input is likely to need, by the counts in the bundle's profile, are loaded in the background;
     without a profile, those that every input needs. Others are loaded when they are run for the first time.
-    Several threads may run it at once, unless it has a course of one of them.
+    Several threads may run it at once; a course sees the steps of all of them.
 
     Attributes:
         inputs, outputs: Of the network.
@@ -55,7 +55,8 @@ class BundleRunner:
             optimized, custom_ops, config: As for `create_session`.
             course: Sees and may change which way runs go.
         """
-        version, plan = read_bundle(path)
+        self._opened = open_bundle(path)
+        version, plan = self._opened.version, self._opened.plan
 
         def session(name: str) -> Any:
             file = version / plan.blocks[name].file
@@ -89,16 +90,19 @@ class BundleRunner:
         follow, readers, shared = self._program.run, self._readers, self._shared
         tensors = {name for name, kind, _ in self._specs if kind.startswith("tensor(")}
         arrays = {name: np.asarray(value) if name in tensors else value for name, value in feeds.items()}
+        # Values lie in the arrays, and blocks that are still to be loaded in the version: both live as long as what is
+        # returned. (Not by the sessions: what the collector has to find would hold the version for long.)
+        held = arrays, self._opened
         if self._fast is None:
 
-            def run_plain() -> dict[str, Any]:
+            def run_plain(held: object = held) -> dict[str, Any]:
                 outputs = follow(arrays)
                 return {name: copy.deepcopy(value) if name in shared else value for name, value in outputs.items()}
 
             return run_plain
         values = {name: self._fast.value(array) for name, array in arrays.items()}
 
-        def run(arrays: object = arrays) -> dict[str, Any]:  # which live as long as their values
+        def run(held: object = held) -> dict[str, Any]:
             found = follow(values)
             outputs = {name: read(found[name]) for name, read in readers}
             for name in shared:

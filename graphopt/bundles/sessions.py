@@ -47,6 +47,8 @@ class Sessions:
         except RuntimeError:
             return  # the interpreter ends
         self._soon[block] = soon
+        if block in self._asked and self._soon.pop(block, None) is not None:
+            soon.cancel()  # it was asked for meanwhile, and is being made there
         alive = weakref.ref(self)
 
         def go_on(_: Future[Any]) -> None:

@@ -19,6 +19,7 @@ from graphopt.bundles.plan import Block, Branch, Loop, Plan, Run, Slice, Stack, 
 from graphopt.bundles.ports import declared, like, port
 from graphopt.bundles.rows import SAMPLES
 from graphopt.bundles.segments import segments_of, wanted_of
+from graphopt.editing import fresh
 from graphopt.errors import BadInput
 from graphopt.shapes import infer_shapes
 
@@ -63,6 +64,8 @@ def split(model: ir.Model, *, keep: Keep = lambda node: False) -> Split:
                 hint="take the input away, or its default",
             )
     graphs.make_names_unique(model)
+    graphs.name_control_flow(model)
+    _rename_constants(model)
     infer_shapes(model)
     return _Splitter(model, keep).split()
 
@@ -346,6 +349,15 @@ def _states(
         for value, start, later, final in zip(inner, starts, after, finals, strict=False)
         if start is not None
     ]
+
+
+def _rename_constants(model: ir.Model) -> None:
+    """No value is called as the host calls a constant that it hands on."""
+    names = graphs.value_names(model)
+    for graph in graphs.nested_graphs(model.graph):
+        for value in (*graph.initializers.values(), *(output for node in graph for output in node.outputs)):
+            if graphs.is_constant(value) and named(value) in names and not value.is_graph_output():
+                value.name = fresh(value.name or "constant", names)
 
 
 def _is_constant(node: ir.Node) -> bool:

@@ -13,8 +13,10 @@ from graphopt import graphs
 from graphopt.bundles.split import SPLIT, can_split, samples_part
 from graphopt.targets import Target
 
-SHARE = 0.01
-"""Of the work around a cut, what it may cost."""
+SHARE = 0.005
+"""Of the work around a cut, what it may cost: a path through many cuts stays within a few of these."""
+_TURNS = 16
+"""Of a loop that tells no limit."""
 
 
 def super_blocks(model: ir.Model, target: Target) -> dict[str, str]:
@@ -57,11 +59,17 @@ def _reason(node: ir.Node, beside: float, model: ir.Model, target: Target) -> st
     if not target.control_flow.in_blocks or samples_part(node):
         return ""
     work = [target.cost(body) for body in graphs.subgraphs(node)]
-    around = beside + sum(work) / len(work)
-    added = _added(node, target)
+    turns = 1 if node.op_type == "If" else _turns(node)
+    around = beside + turns * sum(work) / len(work)
+    added = turns * _added(node, target)
     if added <= SHARE * around:
         return ""
     return f"a cut adds about {added:.0f} us to {around:.0f} us of work"
+
+
+def _turns(node: ir.Node) -> int:
+    limit = graphs.constant_tensor(node.inputs[0]) if node.op_type == "Loop" and node.inputs[0] is not None else None
+    return _TURNS if limit is None else max(1, min(int(limit.numpy().item()), _TURNS))
 
 
 def _added(node: ir.Node, target: Target) -> float:

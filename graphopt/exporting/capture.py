@@ -83,6 +83,7 @@ def capture(example: Example, name: str, *, opset: int, verbose: bool, promote: 
                 program, shapes = _export_program(example, name, torch)
         except _BranchesOnData:
             (program, shapes), traced = _export_paths(example, name, torch, promote)
+        _name_all_axes(program, torch)
         try:
             onnx_program = torch.onnx.export(
                 program,
@@ -123,13 +124,14 @@ def _export_paths(example: Example, name: str, torch: Any, promote: bool) -> tup
     try:
         exported, traced = trace_paths(example.module, lambda: _export_program(example, name, torch), promote)
     except Refusal as refusal:
-        raise GraphoptError(f"the module's control flow has no ONNX form: {refusal}", where=name) from refusal
+        what = f"the module's control flow has no ONNX form: {refusal}"
+        raise GraphoptError(what, where=name, hint=refusal.hint) from refusal
     except _BranchesOnData as error:  # what is asked is no tensor, so no path answers it
         raise GraphoptError(
             f"the module's control flow has no ONNX form: a size that depends on a tensor's values decides{error.at}",
             where=name,
         ) from error
-    exported[0].graph.eliminate_dead_code()
+    exported[0].graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
     return exported, traced
 
 
@@ -166,6 +168,17 @@ def _export_program(example: Example, name: str, torch: Any) -> tuple[Any, Any]:
         except Exception as error:
             raise _torch_error(error, name) from error
     raise GraphoptError("torch.export found no range that the dynamic axes may have", where=name)
+
+
+def _name_all_axes(program: Any, torch: Any) -> None:
+    """``amax()`` and ``amin()`` over all axes say so in the program: torch's exporter wants to be told which."""
+    for node in list(program.graph.nodes):
+        if node.target in (torch.ops.aten.amax.default, torch.ops.aten.amin.default) and len(node.args) == 1:
+            axes = node.kwargs.get("dim") or list(range(node.args[0].meta["val"].dim()))
+            node.kwargs = {**node.kwargs, "dim": axes}
+            if not axes:
+                node.replace_all_uses_with(node.args[0])
+                program.graph.erase_node(node)
 
 
 def _refine(text: str, shapes: Any, symbols: list[str], name: str) -> Any | None:

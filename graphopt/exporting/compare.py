@@ -5,7 +5,7 @@ The first is the example itself; the others are drawn like it, with the dynamic 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,8 +246,12 @@ def run_eager(
     return [leaf.clone() if isinstance(leaf, torch.Tensor) else torch.tensor(leaf) for leaf in outputs]
 
 
-def compare(model: Path, names: list[str], cases: list[Case]) -> tuple[list[CaseComparison], list[str]]:
+def compare(
+    model: Path, names: list[str], cases: list[Case], forced: Sequence[list[torch.Tensor]] = ()
+) -> tuple[list[CaseComparison], list[str]]:
     """Run ``model`` on ONNX Runtime, its optimizations off, and compare. Returns notes too.
+
+    ``forced``: What the module gave on paths that were forced, which has been compared (see `paths`).
 
     Raises:
         GateFailed: ONNX Runtime does not run the model, or every output is vacuous (NaN, or one value in all cases).
@@ -274,7 +278,8 @@ def compare(model: Path, names: list[str], cases: list[Case]) -> tuple[list[Case
             for name, expected, array in zip(names, case.expected, found, strict=True)
         ]
         compared.append(CaseComparison(case.sizes, outputs))
-    vacuous = [name for index, name in enumerate(names) if _is_vacuous([case.expected[index] for case in cases])]
+    outcomes = [*(case.expected for case in cases), *forced]
+    vacuous = [name for index, name in enumerate(names) if _is_vacuous([outputs[index] for outputs in outcomes])]
     if len(vacuous) == len(names):
         raise GateFailed(
             "the comparison would prove nothing: the module's outputs are NaN or one value throughout",

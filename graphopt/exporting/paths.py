@@ -22,8 +22,13 @@ class Uncompared(GateFailed):
     """Some side of a decision cannot be run in the module."""
 
 
-def compare_paths(example: Example, captured: Captured, cases: list[Case], name: str) -> list[str]:
-    """Compare ``captured.model``, which still has its Decide nodes, with the module on every side. Returns a note.
+def compare_paths(
+    example: Example, captured: Captured, cases: list[Case], name: str
+) -> tuple[str, list[list[torch.Tensor]]]:
+    """Compare ``captured.model``, which still has its Decide nodes, with the module on every side.
+
+    Returns:
+        A note, and what the module returned in each run.
 
     Raises:
         Uncompared: A side cannot be reached, or the module does not decide what it decided when it was traced.
@@ -42,7 +47,7 @@ def compare_paths(example: Example, captured: Captured, cases: list[Case], name:
             _same,
         )
     except Refusal as refusal:
-        raise Uncompared(f"the export cannot be compared: {refusal}", where=name) from refusal
+        raise Uncompared(f"the export cannot be compared: {refusal}", where=name, hint=refusal.hint) from refusal
     except Misaligned as error:
         raise Uncompared(
             f"the export cannot be compared: the module decides something else when it runs, at {error.place}",
@@ -64,7 +69,8 @@ def compare_paths(example: Example, captured: Captured, cases: list[Case], name:
     forced_sides = f"{coverage.forced} side{'s' if coverage.forced != 1 else ''} forced" if coverage.forced else ""
     raising = f"{coverage.raising} where the module raises left out" if coverage.raising else ""
     details = ", ".join(part for part in (forced_sides, raising) if part)
-    return [f"{note} in {len(coverage.runs)} runs{f' ({details})' if details else ''}"]
+    told = f"{note} in {len(coverage.runs)} runs{f' ({details})' if details else ''}"
+    return told, [forced.outputs for forced in coverage.runs]
 
 
 def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

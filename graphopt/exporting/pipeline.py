@@ -96,13 +96,14 @@ def export(
         example = call_factory(load_factory(factory) if isinstance(factory, str) else factory, name)
         with preserved(example.module):
             expected, changes = run_example(example, name)
-            captured, made, cases = _exported(example, expected, name, opset=opset, verbose=verbose)
+            captured, made, cases, forced = _exported(example, expected, name, opset=opset, verbose=verbose)
     notes = (
         example.notes
         + changes
         + made
         + [
-            f"{symbol!r} is {low} {'or more' if high is None else f'to {high}'}: the module's own limit"
+            f"{symbol!r} is {low} {'or more' if high is None else f'to {high}'}: the module does not run at other"
+            " sizes, or decides something else there, which the ONNX does not"
             for symbol, (low, high) in captured.bounds.items()
             if high is not None or low > 1
         ]
@@ -111,7 +112,7 @@ def export(
     staged = stage_model(model, path)
     try:
         names = [value.name or "" for value in model.graph.outputs]
-        comparison, vacuous = compare(staged.staged_path, names, cases)
+        comparison, vacuous = compare(staged.staged_path, names, cases, forced)
         _refuse_difference(comparison, name)
         staged.commit()
     except BaseException:
@@ -132,9 +133,11 @@ def export(
     )
 
 
-def _exported(
-    example: Example, expected: list[torch.Tensor], name: str, *, opset: int, verbose: bool
-) -> tuple[Captured, list[str], list[Case]]:
+Made = tuple["Captured", list[str], list["Case"], list[list["torch.Tensor"]]]
+"""What was captured; notes; the cases; what the module gave on paths that were forced."""
+
+
+def _exported(example: Example, expected: list[torch.Tensor], name: str, *, opset: int, verbose: bool) -> Made:
     """Capture ``example``'s module and make a file of it; where it branches on values, every side compared."""
     from graphopt.exporting.paths import Uncompared
 
@@ -144,7 +147,7 @@ def _exported(
         notes = tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
         notes += [NOTE] if scripted else []
         cases, more = make_cases(example, expected, captured.bounds, name)
-        return captured, notes + more, cases
+        return captured, notes + more, cases, []
     try:
         return _checked(example, captured, name)
     except Uncompared:  # perhaps since Python numbers are tensors in the trace: once more without that
@@ -152,20 +155,20 @@ def _exported(
         return _checked(example, captured, name)
 
 
-def _checked(example: Example, captured: Captured, name: str) -> tuple[Captured, list[str], list[Case]]:
-    """If and Loop made of the markers of ``captured``, and compared on every side; notes; the cases."""
+def _checked(example: Example, captured: Captured, name: str) -> Made:
+    """If and Loop made of the markers of ``captured``, and compared on every side."""
     from graphopt.exporting.branches.following import Bounded
     from graphopt.exporting.paths import compare_paths
 
     assert captured.traced is not None
     notes = tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
     sink(captured.model, captured.traced.places)
+    expected = run_eager(example, example.inputs, captured.leaves)
     with Bounded():
-        expected = run_eager(example, example.inputs, captured.leaves)
         cases, more = make_cases(example, expected, captured.bounds, name, leaves=captured.leaves)
-    checked = compare_paths(example, captured, cases, name)
+    note, forced = compare_paths(example, captured, cases, name)
     strip(captured.model)
-    return captured, notes + more + checked, cases
+    return captured, [*notes, *more, note], cases, forced
 
 
 def _refuse_difference(comparison: list[CaseComparison], name: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from graphopt.errors import BadInput
@@ -24,6 +27,33 @@ def byte_count(dtype: int, elements: int) -> int:
         KeyError: The type has no fixed size (strings) or does not exist.
     """
     return (BITWIDTH[dtype] * elements + 7) // 8
+
+
+def external_sizes(model: onnx.ModelProto) -> dict[str, int]:
+    """For each data file of a model, by its location, how many bytes it must have at least.
+
+    Raises:
+        KeyError, ValueError: A tensor does not say what it takes of its file.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in _tensors(model.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            told = {entry.key: entry.value for entry in tensor.external_data}
+            length = int(told["length"]) if "length" in told else byte_count(tensor.data_type, math.prod(tensor.dims))
+            end = int(told.get("offset", 0)) + length
+            sizes[told["location"]] = max(end, sizes.get(told["location"], 0))
+    return sizes
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for body in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from _tensors(body)
 
 
 class ExternalFiles:

@@ -31,7 +31,15 @@ def check_target(target: Path) -> None:
     """
     if target.is_dir():
         raise BadInput("is a folder", where=str(target), hint="give the name of the file to write")
-    folder = target.parent
+    check_folder(target.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that nothing can be written into.
+
+    Raises:
+        BadInput: It is not there, is none, or may not be written to.
+    """
     if folder.exists() and not folder.is_dir():
         raise BadInput("is no folder", where=str(folder), hint="write into a folder")
     if not folder.is_dir():
@@ -87,6 +95,11 @@ def mentions(file: Path, name: str) -> bool:
                 return content.find(name.encode()) >= 0
     except (OSError, ValueError):
         return True
+
+
+def bytes_in(folder: Path) -> int:
+    """The size of all files in a folder and those below it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 @contextmanager

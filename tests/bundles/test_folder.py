@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,9 @@ import onnx_ir as ir
 import pytest
 
 import graphopt
+import graphopt.bundles.folder as folder_module
 from graphopt.bundles import BundleRunner, read_bundle, split, write_bundle
-from graphopt.bundles.folder import stage_bundle
+from graphopt.bundles.folder import open_bundle, stage_bundle
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.files.folder import STAGING_SUFFIX
 from graphopt.runtime.session import create_session, run
@@ -141,10 +147,16 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (lambda plan: plan.pop("steps") and plan.update(version=2), "is of version 2"),
+        (lambda plan: plan.update(version=-1), "is of version -1"),
+        (lambda plan: plan.update(version="x"), "does not say its version"),
+        (lambda plan: plan.update(version=True), "does not say its version"),
+        (lambda plan: plan.pop("version"), "does not say its version"),
         (lambda plan: plan.update(more=1), "is no plan: more"),
+        (lambda plan: plan["steps"][0].update(run="nope"), "is no plan: steps.0: there is no block 'nope'"),
         (lambda plan: plan["steps"][0].update(run=3), "is no plan: steps"),
         (lambda plan: plan["blocks"]["block_1"].update(file="../../secret.onnx"), "is not there"),
         (lambda plan: plan["blocks"]["block_1"].update(file="gone.onnx"), "is not there"),
+        (lambda plan: plan["blocks"]["block_1"].update(file="block_2.onnx"), "is not the block that the plan says"),
     ],
 )
 def test_a_plan_that_was_changed(change: Any, said: str, tmp_path: Path) -> None:
@@ -161,6 +173,160 @@ def test_a_pointer_that_leads_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "net" / "current").write_text("../other\n")
     with pytest.raises(BadInput, match="is not there"):
         graphopt.load(tmp_path / "net")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"", b"\0", b"."])
+def test_a_pointer_that_is_none(content: bytes, tmp_path: Path) -> None:
+    write_bundle(split(model()), tmp_path / "net")
+    (tmp_path / "net" / "current").write_bytes(content)
+    with pytest.raises(BadInput, match=r"current: (cannot be read as the name|names a version .* that is not there)"):
+        graphopt.load(tmp_path / "net")
+
+
+def test_weights_that_are_gone_or_cut_off_are_told_at_once(tmp_path: Path) -> None:
+    version = write_bundle(split(model()), tmp_path / "net")
+    (data,) = version.glob("*.data")
+    os.truncate(data, data.stat().st_size - 1)
+    with pytest.raises(BadInput, match=r"has 4095 bytes, and the blocks ask for 4096 \(copy the bundle again"):
+        graphopt.load(tmp_path / "net")
+    data.unlink()
+    with pytest.raises(BadInput, match=r"the weights .* are not there \(copy the bundle again"):
+        graphopt.load(tmp_path / "net")
+
+
+def test_a_block_that_is_cut_off_is_told_at_once(tmp_path: Path) -> None:
+    version = write_bundle(split(model()), tmp_path / "net")
+    os.truncate(version / "block_3.onnx", 40)
+    with pytest.raises(BadInput, match=r"block_3\.onnx: cannot be read as a block"):
+        graphopt.load(tmp_path / "net")
+
+
+def other_model() -> ir.Model:
+    other = model()
+    other.graph.initializers["w"].const_value = ir.tensor(np.eye(32, dtype=np.float32), name="w")
+    return other
+
+
+def versions_in(bundle: Path) -> set[str]:
+    return {path.name for path in bundle.iterdir() if path.is_dir()}
+
+
+def test_a_version_that_somebody_runs_stays(tmp_path: Path) -> None:
+    first = write_bundle(split(model()), tmp_path / "net")
+    runner = BundleRunner(tmp_path / "net")
+    runner.run(feeds(True, 1))
+    second = write_bundle(split(other_model()), tmp_path / "net")
+    assert versions_in(tmp_path / "net") == {first.name, second.name}
+    x = feeds(False, 0)  # the other side, whose block was not loaded before
+    np.testing.assert_allclose(runner.run(x)["y"], -(x["x"] @ weight_of(model())), rtol=1e-4)
+    np.testing.assert_allclose(graphopt.load(tmp_path / "net").run(x)["y"], -x["x"], rtol=1e-6)
+    bound = runner.bind(x)
+    del runner
+    assert write_bundle(split(other_model()), tmp_path / "net") == second
+    assert versions_in(tmp_path / "net") == {first.name, second.name}
+    np.testing.assert_allclose(bound()["y"], -(x["x"] @ weight_of(model())), rtol=1e-4)
+    del bound
+    assert write_bundle(split(other_model()), tmp_path / "net") == second
+    assert versions_in(tmp_path / "net") == {second.name}
+
+
+def weight_of(network: ir.Model) -> Any:
+    tensor = network.graph.initializers["w"].const_value
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def test_a_version_is_let_go_by_hand_too(tmp_path: Path) -> None:
+    first = write_bundle(split(model()), tmp_path / "net")
+    opened = open_bundle(tmp_path / "net")
+    assert opened.version == first
+    opened.close()
+    opened.close()
+    write_bundle(split(other_model()), tmp_path / "net")
+    assert not first.exists()
+
+
+def test_a_version_that_went_after_its_name_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between that and the lock: the reader looks again."""
+    first = write_bundle(split(model()), tmp_path / "net")
+    read: list[str] = []
+    current = folder_module._current
+
+    def slow(bundle: Path) -> str:
+        name = current(bundle)
+        if not read:
+            write_bundle(split(other_model()), bundle)
+        read.append(name)
+        return name
+
+    monkeypatch.setattr(folder_module, "_current", slow)
+    version = open_bundle(tmp_path / "net").version
+    assert read == [first.name, version.name] and version.is_dir() and not first.exists()
+
+
+def test_a_version_that_went_before_the_lock_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is open already when it is removed."""
+    first = write_bundle(split(model()), tmp_path / "net")
+    flock = fcntl.flock
+
+    def slow(descriptor: int, how: int) -> None:
+        if how == fcntl.LOCK_SH:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            write_bundle(split(other_model()), tmp_path / "net")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    version = open_bundle(tmp_path / "net").version
+    assert version != first and version.is_dir() and not first.exists()
+
+
+def test_without_locks_a_version_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    first = write_bundle(split(model()), tmp_path / "net")
+    opened = open_bundle(tmp_path / "net")
+    assert opened.version == first
+    write_bundle(split(other_model()), tmp_path / "net")
+    assert not first.exists()
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from graphopt.bundles import split, write_bundle
+from tests.bundles.test_folder import model, other_model
+
+bundle, count, turn = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+for number in range(count):
+    write_bundle(split((model, other_model)[(number + turn) % 2]()), bundle)
+"""
+
+
+def test_who_loads_while_two_write_always_gets_a_whole_version(tmp_path: Path) -> None:
+    bundle = tmp_path / "net"
+    write_bundle(split(model()), bundle)
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(bundle), "40", str(turn)], cwd=Path(__file__).parents[2])
+        for turn in range(2)
+    ]
+    loads, versions = 0, set()
+    try:
+        while loads < 5 or any(writer.poll() is None for writer in writers):
+            runner = graphopt.load(bundle, threads=1)
+            versions.add(tuple(runner.run(feeds(True, 1))["y"][0, :3]))
+            runner.run(feeds(False, 1))  # a block that was not loaded yet
+            loads += 1
+    finally:
+        for writer in writers:
+            if writer.poll() is None:
+                writer.kill()
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert len(versions) == 2
+    del runner
+    version = write_bundle(split(model()), bundle)
+    assert versions_in(bundle) == {version.name}
 
 
 def test_a_staged_bundle_can_be_run_and_leaves_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from graphopt import graphs
-from graphopt.bundles.forcing import NATURAL, Decision, Forced, decisions, force, ways
+from graphopt.bundles import forcing
+from graphopt.bundles.forcing import FREE_TURNS, Decision, Forced, decisions, force, ways
 from graphopt.runtime.session import create_session, run
 from tests.models.nests import Nest
 from tests.models.text import model_from_text
@@ -66,7 +67,7 @@ def session(text: str) -> tuple[Any, list[str], list[Decision]]:
 
 
 def sent(names: list[str], way: dict[str, int]) -> dict[str, Any]:
-    return {f"force/{name}": np.array(way.get(name, NATURAL), np.int64) for name in names}
+    return {f"force/{name}": np.array(forcing.sent(name, way), np.int64) for name in names}
 
 
 def test_conditions_that_agree_or_never_do_go_together() -> None:
@@ -201,3 +202,36 @@ def test_names_are_kept_where_they_can_be_and_made_alike_where_not() -> None:
     assert named("a", "b", "c", "d") == ["a", "b", "c", "d"]
     assert named("gate", "gate", "", "gate_1") == ["gate", "gate_2", "If of y", "gate_1"]
     assert named("", "If of a", "x", "x") == ["If of a_1", "If of a", "x", "x_1"]
+
+
+ENDLESS = f"""
+{HEAD}
+g (int64 start, bool go) => (int64 last, int64[turns] counts) {{
+    one = Constant <value = int64 {{1}}> ()
+    many = Constant <value = int64 {{5}}> ()
+    last, counts = Loop (, go, start) <body = l (int64 i, bool was, int64 n) => (bool again, int64 after, int64 seen) {{
+        odd = Less (n, start)
+        after = If (odd) <then_branch = t () => (int64 p) {{ p = Identity (n) }},
+                          else_branch = e () => (int64 q) {{ q = Add (n, one) }}>
+        again = Less (after, many)
+        seen = Identity (after)
+    }}>
+}}
+"""
+
+
+def test_a_loop_that_what_is_forced_makes_endless_ends() -> None:
+    """Sent to `then`, nothing is counted; both sides stop after the same number of turns."""
+    made, names, _ = session(ENDLESS)
+    feeds = {"start": np.array(0), "go": np.array(True)}
+    assert len(run(made, {**feeds, **sent(names, {})})["counts"]) == 5
+    stuck = run(made, {**feeds, **sent(names, {"If of after": 1})})
+    assert stuck["last"] == 0 and len(stuck["counts"]) == FREE_TURNS
+    course = Forced({"If of after": 1})
+    assert [course.turn("Loop of last", number, True) for number in (0, FREE_TURNS - 1, FREE_TURNS)] == [
+        True,
+        True,
+        False,
+    ]
+    long = {"start": np.array(5 - 3 * FREE_TURNS), "go": np.array(True)}
+    assert len(run(made, {**long, **sent(names, {})})["counts"]) == 3 * FREE_TURNS  # not forced: as long as it takes

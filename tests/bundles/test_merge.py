@@ -227,3 +227,36 @@ def test_what_is_no_network_again(tmp_path: Path) -> None:
     next(step for step in each.plan.steps if isinstance(step, Branch)).each = True
     with pytest.raises(BadInput, match="samples go ways of their own"):
         merge(each.plan, each.blocks)
+
+
+def test_an_input_that_is_an_output_under_its_own_name() -> None:
+    text = f"""{HEAD} g (float[2] x, bool c) => (float[2] x, float[2] y) {{
+        y = If (c) <then_branch = t () => (float[2] p) {{ p = Identity (x) }},
+                    else_branch = e () => (float[2] q) {{ q = Neg (x) }}>
+    }}"""
+    x = np.array([1, 2], np.float32)
+    check(ir.to_proto(model_from_text(text)), *({"x": x, "c": np.array(c)} for c in (True, False)))
+
+
+def test_a_loop_that_nobody_reads() -> None:
+    """All that it makes is stacked: without that it has no output, which no Loop of ONNX may."""
+    text = f"""{HEAD} g (float[2] x, int64 n) => (float[2] y) <bool yes = {{1}}> {{
+        y = Neg (x)
+        all = Loop (n, yes) <body = b (int64 i, bool on) => (bool more, float[2] part) {{
+            more = Identity (on) part = Add (x, y)
+        }}>
+    }}"""
+    check(ir.to_proto(model_from_text(text)), {"x": np.array([1, 2], np.float32), "n": np.array(2)})
+
+
+def test_a_condition_of_one_axis_that_nobody_hears_of() -> None:
+    text = f"""{HEAD} g (float[2] x, int64[1] n, bool[1] c) => (float[2] y) {{
+        y = Loop (n, c, x) <body = b (int64[1] i, bool[1] on, float[2] s) => (bool[1] more, float[2] t) {{
+            more = Identity (on) number = Cast <to = 1> (i) t = Add (s, number)
+        }}>
+    }}"""
+    x = np.array([1, 2], np.float32)
+    check(
+        ir.to_proto(model_from_text(text)),
+        *({"x": x, "n": np.array([n]), "c": np.array([c])} for n in (-1, 0, 3) for c in (True, False)),
+    )

@@ -18,8 +18,10 @@ from onnx import TensorProto, helper
 import graphopt
 from graphopt import graphs
 from graphopt.bundles import read_bundle, split, write_bundle
+from graphopt.bundles.merge import merge
 from graphopt.bundles.plan import Branch, Loop, Run, walk
-from graphopt.bundles.rehearsal import Outcome, rehearse
+from graphopt.bundles.rehearsal import rehearse
+from graphopt.bundles.sending import Outcome
 from graphopt.runtime.session import create_session, run
 from graphopt.shapes import infer_shapes
 from graphopt.verification.whole import make_reference
@@ -527,3 +529,59 @@ def test_every_point_has_loops_and_branches_by_name() -> None:
         s.branch if isinstance(s, Branch) else s.loop for s in walk(parts.plan.steps) if isinstance(s, Branch | Loop)
     ]
     assert names == ["If of y", "Loop of p", "If of after"]
+
+
+@pytest.mark.parametrize("trips", [0, 2])
+def test_a_value_that_is_called_as_the_host_calls_a_constant(trips: int) -> None:
+    made = network(f"""{HEAD}
+    g (float[2] x, int64 n) => (float[2] y) <float[2] w = {{3, 4}}> {{
+        other = Neg (x)
+        last = Loop (n, , w) <body = b (int64 i, bool on, float[2] s) => (bool more, float[2] t) {{
+            more = Identity (on) t = Mul (s, other)
+        }}>
+        y = Sub (last, other)
+    }}""")
+    next(node for node in made.graph if node.op_type == "Neg").outputs[0].name = "w:value"
+    check(ir.to_proto(made), {"x": X, "n": np.array(trips)})
+
+
+# -- what only some operators and ranks have ---------------------------------------------------------------------------
+
+
+def test_constants_of_strings() -> None:
+    """No weights, so they stay nodes of the blocks that read them."""
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    g (bool c) => (string[2] y, string[2] z) {
+        y, z = If (c) <
+            then_branch = t () => (string[2] p, string[2] q) {
+                p = Constant <value_strings = ["a", "b"]> ()
+                q = StringConcat (p, p)
+            },
+            else_branch = e () => (string[2] r, string[2] s) {
+                s = Constant <value_strings = ["c", "d"]> ()
+                r = Identity (s)
+            }>
+    }"""
+    check(ir.to_proto(network(text)), *({"c": np.array(c)} for c in (True, False)), plain=True)
+
+
+@pytest.mark.parametrize("outer", ["", "[1]"])
+@pytest.mark.parametrize("inner", ["", "[1]"])
+@pytest.mark.parametrize("trips", [-1, 0, 3])
+def test_numbers_of_turns_with_an_axis_or_none(outer: str, inner: str, trips: int) -> None:
+    """As the body says, whatever the limit has: all of it is one element."""
+    rows = "[k, 1]" if inner else "[k]"
+    text = f"""{HEAD}
+    g (float[2] x, int64{outer} n) => (float[2] y, int64{rows} all, bool{rows} said) {{
+        y, all, said = Loop (n, , x) <body = b (int64{inner} i, bool{inner} on, float[2] s)
+            => (bool{inner} more, float[2] t, int64{inner} number, bool{inner} not) {{
+            more = Identity (on) number = Identity (i) not = Not (on) t = Neg (s)
+        }}>
+    }}"""
+    parts = check(ir.to_proto(network(text)), {"x": X, "n": np.full((1,) if outer else (), trips)})
+    merged = create_session(ir.to_proto(merge(parts.plan, parts.blocks)).SerializeToString(), optimized=False)
+    feeds = {"x": X, "n": np.full((1,) if outer else (), trips)}
+    (ours,) = run_fast(parts, feeds)
+    for name, array in run(merged, feeds).items():
+        assert array.shape == ours[name].shape
+        np.testing.assert_array_equal(array, ours[name])

@@ -111,8 +111,8 @@ def test_what_is_likely(bundle: Path) -> None:
     [
         ("{", "cannot be read"),
         ('{"version": 2}', "is of version 2"),
-        ('{"runs": {"a": "many"}}', "is no profile: runs.a"),
-        ('{"walks": 3}', "is no profile: walks"),
+        ('{"version": 1, "runs": {"a": "many"}}', "is no profile: runs.a"),
+        ('{"version": 1, "walks": 3}', "is no profile: walks"),
     ],
 )
 def test_a_profile_that_is_none(text: str, said: str, tmp_path: Path) -> None:

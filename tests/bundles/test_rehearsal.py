@@ -16,7 +16,8 @@ from graphopt import graphs
 from graphopt.bundles import Split, read_bundle, split, write_bundle
 from graphopt.bundles.forcing import decisions
 from graphopt.bundles.plan import Branch, Loop, walk
-from graphopt.bundles.rehearsal import Outcome, Rehearsal, rehearse
+from graphopt.bundles.rehearsal import rehearse
+from graphopt.bundles.sending import Outcome, Rehearsal
 from graphopt.errors import BadInput
 from graphopt.shapes import infer_shapes
 from graphopt.verification import runnable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import onnx_ir as ir
 import pytest
 
@@ -19,15 +21,20 @@ HEAD = '<ir_version: 10, opset_import: ["" : 18]>'
 
 def network(size: int, inner: int, loop: bool = False, rows: int = 256) -> ir.Model:
     """Products with ``size`` squared around an If or a Loop, in which there are products with size times ``inner``."""
-    value = f"float[{rows}, {size}]"
-    body = "u = MatMul (a, left) p = MatMul (u, right)"
+    value, products = f"float[{rows}, {size}]", 64 if loop else 8
+    body = " ".join(
+        f"u{i} = MatMul ({'a' if i == 0 else f'v{i}'}, left) v{i + 1} = MatMul (u{i}, right)" for i in range(products)
+    )
+    body += f" p = Identity (v{products})"
     turn = f"""b = If (c) <
         then_branch = t () => ({value} p) {{ {body} }},
         else_branch = e () => ({value} q) {{ q = Neg (a) }}>"""
     if loop:
         turn = f"""b = Loop (n, , x) <body = l (int64 i, bool go, {value} a)
             => (bool again, {value} p) {{ again = Identity (go) {body} }}>"""
-    first = "" if loop else "a = MatMul (x, w)"
+    names = ["x", "s1", "s2", "s3", "s4", "s5", "a"]
+    stages = [f"{after} = MatMul ({before}, w)" for before, after in pairwise(names)]
+    first = "" if loop else " ".join(stages)
     made = model_from_text(f"""
     {HEAD}
     g ({value} x, bool c, int64 n) => ({value} y)
@@ -69,7 +76,7 @@ def test_a_batch_that_is_not_known_is_one_sample() -> None:
     runtime = load_target("onnxruntime")
     text = f"""{HEAD}
     g (float[ROWS, 2048] x, bool c) => (float[ROWS, 2048] y) <float[2048, 2048] w> {{
-        a = MatMul (x, w)
+        o = MatMul (x, w) m = MatMul (o, w) k = MatMul (m, w) a = MatMul (k, w)
         b = If (c) <then_branch = t () => (float[ROWS, 2048] p) {{ p = Neg (a) }},
                     else_branch = e () => (float[ROWS, 2048] q) {{ q = Abs (a) }}>
         y = MatMul (b, w)
@@ -84,13 +91,13 @@ def test_a_batch_that_is_not_known_is_one_sample() -> None:
 def test_what_is_handed_over_counts() -> None:
     """A large value in and out of a branch that does little with it, beside work that would bear the calls."""
     runtime = load_target("onnxruntime")
-    for columns, kept in ((4, False), (1 << 18, True)):
+    for columns, kept in ((4, False), (1 << 22, True)):
         made = model_from_text(f"""
         {HEAD}
         g (float[128, 2048] x, float[8, {columns}] v, bool c) => (float[128, 2048] y, float[8, {columns}] z)
         <float[2048, 2048] w> {{
-            a = MatMul (x, w)
-            y = MatMul (a, w)
+            a = MatMul (x, w) b = MatMul (a, w) d = MatMul (b, w) e = MatMul (d, w)
+            y = MatMul (e, w)
             z = If (c) <then_branch = t () => (float[8, {columns}] p) {{ p = Neg (v) }},
                         else_branch = e () => (float[8, {columns}] q) {{ q = Abs (v) }}>
         }}""")
@@ -102,13 +109,13 @@ def test_what_is_handed_over_counts() -> None:
 def chain(count: int) -> ir.Model:
     """A large product and then some small branches."""
     gates = "\n".join(
-        f"""a{i + 1} = If (c) <then_branch = t{i} () => (float[2048] p{i}) {{ p{i} = Neg (a{i}) }},
-        else_branch = e{i} () => (float[2048] q{i}) {{ q{i} = Abs (a{i}) }}>"""
+        f"""a{i + 1} = If (c) <then_branch = t{i} () => (float[4096] p{i}) {{ p{i} = Neg (a{i}) }},
+        else_branch = e{i} () => (float[4096] q{i}) {{ q{i} = Abs (a{i}) }}>"""
         for i in range(count)
     )
     made = model_from_text(f"""
     {HEAD}
-    g (float[256, 2048] x, bool c) => (float[2048] a{count}) <float[2048, 2048] w> {{
+    g (float[256, 4096] x, bool c) => (float[4096] a{count}) <float[4096, 4096] w> {{
         m = MatMul (x, w)
         axis = Constant <value = int64[1] {{0}}> ()
         a0 = ReduceSum <keepdims = 0> (m, axis)
@@ -137,7 +144,8 @@ def test_an_outer_decision_is_kept_only_with_all_in_it(inner: str) -> None:
             then_branch = t () => (float[256, {size}] p) {{
                 p = Loop (n, , x) <body = l (int64 i, bool go, float[256, {size}] a)
                     => (bool again, float[256, {size}] after) {{ again = Identity (go)
-                    b = MatMul (x, w) d = MatMul (b, w) e = MatMul (d, w) after = Add (e, a) }}>
+                    b = MatMul (x, w) d = MatMul (b, w) e = MatMul (d, w) f = MatMul (e, w) h = MatMul (f, w)
+                    after = Add (h, a) }}>
             }},
             else_branch = e () => (float[256, {size}] q) {{ q = Neg (x) }}>
     }}""")

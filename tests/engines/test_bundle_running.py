@@ -262,6 +262,39 @@ def test_a_result_is_the_callers_alone(driver: StandIn, tmp_path: Path) -> None:
         assert runner.run({**feeds, "x": given})["same"].pointer != given.pointer
 
 
+SHARED = f"""
+{HEAD}
+g (float[3, 4] x, float[4] start, bool c) => (float[4] last, float[k, 4] rows, float[3, 4] y, float[3, 4] z) {{
+    a = Neg(x)
+    last, rows = Scan<num_scan_inputs = 1, body = b (float[4] s, float[4] row) => (float[4] next, float[4] part) {{
+        next = Identity(row)
+        part = Abs(row)
+    }}>(start, x)
+    y, z = If (c) < then_branch = t () => (float[3, 4] p, float[3, 4] q) {{ p = Identity(a) q = Identity(a) }},
+                    else_branch = e () => (float[3, 4] r, float[3, 4] o) {{ r = Exp(a) o = Identity(x) }} >
+}}
+"""
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_results_that_are_one_value_are_two_arrays(driver: StandIn, tmp_path: Path, on_gpu: bool) -> None:
+    """A part of an input that is handed on, and one value under two names."""
+    feeds = {"x": vector(1, 3, 4), "start": vector(2, 4), "c": np.array(True)}
+    plain, engines = play(model_from_text(SHARED), tmp_path, feeds)
+    wanted = BundleRunner(plain, optimized=False).run(feeds)
+    with opened(engines) as runner:
+        given = {**feeds, "x": arrays.upload(runner.context, feeds["x"])} if on_gpu else feeds
+        found = runner.run(given)
+        if on_gpu:
+            pointers = [array.pointer for array in (given["x"], *found.values())]
+            assert len(set(pointers)) == 5
+            assert not given["x"].pointer <= found["last"].pointer < given["x"].pointer + feeds["x"].nbytes
+        else:
+            assert not any(np.shares_memory(feeds["x"], array) for array in found.values())
+            assert not np.shares_memory(found["y"], found["z"])
+        same(wanted, {name: array.numpy() if on_gpu else array for name, array in found.items()})
+
+
 def test_blocks_on_the_host_in_between(driver: StandIn, tmp_path: Path) -> None:
     plain, engines = played(BRANCHES, tmp_path, stays=lambda name: name in ("block_1", "block_3"))
     reference = BundleRunner(plain, optimized=False)

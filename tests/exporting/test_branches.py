@@ -72,7 +72,7 @@ def check_spelling(kind: Any, out: Path) -> None:
     agree(out, made(kind), [{name: drawn(seed, *shape)} for seed in range(16)])
 
 
-FAST = ["NestedIf", "WhileIfContinue", "SwappedState"]
+FAST = ["SwappedState"]
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -115,6 +115,7 @@ def line_of(kind: Any, text: str) -> int:
     return start + next(index for index, line in enumerate(lines) if text in line)
 
 
+@pytest.mark.slow
 def test_nodes_are_named_by_the_line_they_come_from(tmp_path: Path) -> None:
     exported(tmp_path / "m.onnx", made(branching.NestedIf), {"x": drawn(1, 1, 4)})
     names = [node.name for node in ir.load(tmp_path / "m.onnx").graph.all_nodes() if node.op_type == "If"]

@@ -73,6 +73,7 @@ class Interface(nn.Module):
         return {"difference": a - b, "same": a, "a": b, "nested": (a * b, [a + b])}
 
 
+@pytest.mark.slow
 def test_names_order_unused_inputs_and_outputs_that_are_inputs(tmp_path: Path) -> None:
     inputs = {"a": normal(2, 3), "unused": normal(4), "b": normal(2, 3) + 1}
     result = export(lambda: (Interface().eval(), inputs, None), tmp_path / "m.onnx")
@@ -125,7 +126,7 @@ def test_a_limit_that_the_module_has(tmp_path: Path) -> None:
         {"batch": 1, "length": 3},
         {"batch": 3, "length": 6},
     ]
-    assert "'length' is 1 to 6: the module's own limit" in result.notes
+    assert any(note.startswith("'length' is 1 to 6: the module does not run at other sizes") for note in result.notes)
 
 
 class Reads(nn.Module):
@@ -155,11 +156,12 @@ class Pool(nn.Module):
         return self.layers(image)
 
 
+@pytest.mark.slow
 def test_a_limit_is_tried_where_torch_assumes_it_away(tmp_path: Path) -> None:
     axes = {"image": {0: "batch", 2: "height"}}
     result = export(lambda: (seeded(Pool()).eval(), {"image": normal(2, 3, 9, 8)}, axes), tmp_path / "m.onnx")
     assert result.comparison[1].sizes == {"batch": 1, "height": 3}
-    assert result.notes == ["'height' is 3 or more: the module's own limit"]
+    assert len(result.notes) == 1 and result.notes[0].startswith("'height' is 3 or more: ")
 
 
 class Halves(nn.Module):
@@ -167,6 +169,7 @@ class Halves(nn.Module):
         return x.reshape(-1, 2, 4)
 
 
+@pytest.mark.slow
 def test_sizes_that_the_module_refuses_are_replaced_and_reported(tmp_path: Path) -> None:
     result = export(lambda: (Halves().eval(), {"x": normal(4, 4)}, {"x": {0: "n"}}), tmp_path / "m.onnx")
     assert [case.sizes for case in result.comparison] == [{"n": 4}, {"n": 2}, {"n": 8}]
@@ -276,6 +279,7 @@ def line_of(module: type, text: str) -> str:
     return f"test_export.py:{next(i for i in range(start, len(lines)) if text in lines[i]) + 1}"
 
 
+@pytest.mark.slow
 def test_a_branch_on_a_value_becomes_an_if(tmp_path: Path) -> None:
     result = export(lambda: (Branch().eval(), {"x": normal(3, 4)}, {"x": {0: "batch"}}), tmp_path / "m.onnx")
     assert [node.op_type for node in ir.load(tmp_path / "m.onnx").graph].count("If") == 1

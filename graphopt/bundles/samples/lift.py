@@ -20,8 +20,6 @@ from graphopt.shape_values import ShapeValues
 _AXES_ARE_INPUTS = 13
 SMALL = 1 << 10
 """Axes, sizes, pads, never data: constants up to this many elements are looked at."""
-
-
 _HELPERS = frozenset({"numbers", "constant"})
 
 

@@ -19,14 +19,13 @@ from graphopt.bundles import forcing
 from graphopt.bundles.folder import read_bundle
 from graphopt.bundles.forcing import Forced, Way
 from graphopt.bundles.plan import Branch, Loop, Plan, walk
-from graphopt.bundles.rehearsal import Original, Outcome, Rehearsal
+from graphopt.bundles.sending import Original, Outcome, Rehearsal, reached, told
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.verification.tolerance import Distance, is_float
 from graphopt.verification.whole import Reference, compare
 
 SIZES = (1, 2, 7, 32)
 _SAMPLES, _SENT = 8, 12
-_FORCED_OPSET = 9
 
 
 @dataclass
@@ -87,7 +86,7 @@ def rehearse_samples(
         for optimized in (False, True)
     ]
     model = original()
-    if graphs.opset(model) < _FORCED_OPSET:
+    if graphs.opset(model) < forcing.OLDEST:
         raise BadInput(f"opset {graphs.opset(model)} has no operators to force decisions with", where=str(bundle))
     network = Original(model, custom_ops=custom_ops, random=reference.random)
     cut = samples_of(plan, reference.feeds)[:_SAMPLES]
@@ -118,10 +117,7 @@ def rehearse_samples(
             by_inputs = {name: set(seen.sides.get(name, ())) for name in decided}
             outcome.ways.turns = {name: {"inputs": sorted(seen.turns.get(name, ()))} for name in sorted(turning)}
     for name in sorted(decided):
-        outcome.ways.sides[name] = {
-            side: "inputs" if truth in by_inputs[name] else "forced" if truth in seen.sides.get(name, ()) else "never"
-            for side, truth in (("then", True), ("else", False))
-        }
+        outcome.ways.sides[name] = reached(by_inputs[name], seen.sides.get(name, ()))
     for name, counts in outcome.ways.turns.items():
         counts["forced"] = sorted(seen.turns.get(name, set()).difference(counts["inputs"]))
     return outcome
@@ -169,7 +165,7 @@ def _sent(
             made.append(_Sample(feeds, way, network.on(way, [feeds])))
             outcome.ways.tried += 1
         except GraphoptError as error:
-            outcome.ways.failing[str(way)] = error.what
+            outcome.ways.failing[told(way)] = error.what
     return made
 
 
@@ -198,5 +194,5 @@ def _compare(
         found, worst = compare(sample.expected, [mine], bitwise=False, deployed=deployed)
         measure = outcome.forced if sample.way else outcome.worst
         measure.add(Distance(worst.max_abs, worst.max_rel, worst.cosine_min))
-        told = f"sample {index} of {len(chosen)}"
-        outcome.differences += [f"{told}: {one}" for one in found if not (measure_only and one.measured)]
+        which = f"sample {index} of {len(chosen)}"
+        outcome.differences += [f"{which}: {one}" for one in found if not (measure_only and one.measured)]

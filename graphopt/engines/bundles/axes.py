@@ -26,7 +26,7 @@ def part(copier: Copier, value: Value, axis: int, index: int) -> Value:
         start = whole.pointer + index * math.prod(whole.shape[at + 1 :]) * whole.dtype.itemsize
         made = DeviceArray(whole.context, start, shape, whole.dtype, owner=whole, stream=whole.stream)
         made.takers = whole.takers
-        return Value(device=made)
+        return Value(device=made, kept=True)
     made = copier.array((*whole.shape[:at], 1, *whole.shape[at + 1 :]), whole.dtype)
     _move(copier, made, whole, at, [(0, index, 1)])
     made.shape = shape

@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.bundles.folder import PLAN, check_bundle_target, read_bundle, write_bundle
+from graphopt.bundles.folder import PLAN, check_bundle_target, open_bundle, write_bundle
 from graphopt.bundles.plan import Block, Plan, Run, walk
 from graphopt.bundles.split import Split
 from graphopt.engines.backends import Backend, find_backend
@@ -138,7 +138,8 @@ def build_bundle(
     library, options = find_backend(backend), options or BuildOptions()
     check_how(options, plugins, library)
     source, target = Path(bundle), Path(out)
-    version, plan = read_bundle(source)
+    opened = open_bundle(source)  # which stays there as long as this takes
+    version, plan = opened.version, opened.plan
     _refuse(source, target, plan, options)
 
     def session(name: str) -> Any:

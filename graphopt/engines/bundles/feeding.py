@@ -53,7 +53,7 @@ def feeds_for(
     try:
         made = [
             feeds
-            for sizes in _levels(plan, profiles)
+            for sizes in _levels(profiles)
             for feeds in feeds_that_run(network, program.run, cases=1, shapes=sizes)
         ]
     except GraphoptError as error:
@@ -61,7 +61,7 @@ def feeds_for(
     return chain(given, made)
 
 
-def _levels(plan: Plan, profiles: Mapping[str, Profile]) -> list[dict[str, tuple[int, ...]]]:
+def _levels(profiles: Mapping[str, Profile]) -> list[dict[str, tuple[int, ...]]]:
     """The best sizes first, then the smallest and the largest, each once."""
     found = []
     for level in ("opt", "min", "max"):

@@ -9,13 +9,12 @@ from typing import Any, Self
 import numpy as np
 
 from graphopt.bundles.course import Course
-from graphopt.bundles.flow import shared_outputs
-from graphopt.bundles.folder import read_bundle
+from graphopt.bundles.folder import open_bundle
 from graphopt.bundles.host import Program
 from graphopt.bundles.ports import spec_of
 from graphopt.engines.backends import BACKENDS
 from graphopt.engines.bundles.backend import DeviceBackend
-from graphopt.engines.bundles.values import Value
+from graphopt.engines.bundles.values import Copier, Value
 from graphopt.errors import BadInput
 from graphopt.gpu import arrays
 from graphopt.gpu.driver import find_driver
@@ -56,7 +55,8 @@ class EngineBundleRunner:
             MissingDependency: The library is not installed.
             GraphoptError: The library refuses the first engine.
         """
-        version, plan = read_bundle(path)
+        self._opened = open_bundle(path)
+        version, plan = self._opened.version, self._opened.plan
         built = {name: block.backend for name, block in plan.blocks.items() if block.backend is not None}
         if not built:
             raise BadInput("holds no engine", where=str(path), hint="build it with graphopt build")
@@ -79,7 +79,6 @@ class EngineBundleRunner:
             self.context.close()
             raise
         self.runs: Mapping[str, int] = self._backend.runs
-        self._shared = shared_outputs(plan)
         self._specs = [(port.name, port.type, port.shape) for port in plan.inputs]
         self.inputs = tuple(map(spec_of, plan.inputs))
         self.outputs = tuple(map(spec_of, plan.outputs))
@@ -128,16 +127,11 @@ class EngineBundleRunner:
             for name, value in feeds.items()
         }
 
-        shared = self._shared
-
         def run() -> dict[str, Any]:
             self.context.make_current()
             backend.in_use.let_go()
             found = self._program.run(values)
-            # The caller's own, what later runs have too, and what another result is as well must not change with it.
-            found = {
-                name: backend.copier.copy(one) if one.kept or name in shared else one for name, one in found.items()
-            }
+            found = _own(found, backend.copier)
             if not on_gpu:
                 return dict(zip(found, backend.copier.to_host(list(found.values())), strict=True))
             backend.in_use.hold(list(on_gpu.values()))
@@ -149,6 +143,7 @@ class EngineBundleRunner:
         """Free what is held on the GPU; results that were given out go with it."""
         self._backend.close()
         self.context.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -160,6 +155,16 @@ class EngineBundleRunner:
 def load_engine_bundle(path: Path, threads: int | None = None) -> EngineBundleRunner:
     """A bundle with engines, ready to run. Raises as `EngineBundleRunner`."""
     return EngineBundleRunner(path, threads)
+
+
+def _own(found: Mapping[str, Value], copier: Copier) -> dict[str, Value]:
+    """Results that change with nothing else: not the caller's own, not what later runs have, each another value."""
+    given: set[Value] = set()
+    made = {}
+    for name, one in found.items():
+        made[name] = copier.copy(one) if one.kept or one in given else one
+        given.add(one)
+    return made
 
 
 def _as_host(value: Any) -> Any:

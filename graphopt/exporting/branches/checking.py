@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.exporting.branches.deciding import TURNS
+from graphopt.exporting.branches.deciding import MOST_TURNS, TURNS
 from graphopt.exporting.branches.decisions import Decision
 from graphopt.exporting.branches.errors import Refusal
 from graphopt.exporting.branches.following import Dictated, Endless, Followed, Follower, Misaligned, Table
 from graphopt.exporting.branches.patching import patched
+from graphopt.exporting.branches.places import somewhere
 from graphopt.exporting.branches.state import preserved
 from graphopt.exporting.branches.tracing import Traced, forward_through
 
 _SOME = 3  # turns that a loop is forced to take
+_ENOUGH = 1_000  # turns of the loops of a forced run, or twice those of a run that is not, where these are more
 _TRIES = 24  # at random, for decisions that their own path does not reach
 _FREE = -1
 
@@ -91,6 +93,7 @@ class _Paths:
         self.raising = [d for d in self.course.numbered if d.number not in numbers and d.raises]
         self.count = len(self.course.numbered)
         self.follower = Follower(self.course)
+        self.turned = 0  # the most turns of a run that is not forced
         self.seen: set[tuple[int, bool]] = set()
         self.raised: set[tuple[int, bool]] = set()
         self.runs: list[Forced] = []
@@ -120,7 +123,8 @@ class _Paths:
 
     def attempt(self, table: Table, case: int) -> Forced | None:
         """Run the module as ``table`` says, and keep it; None where it raises or does not end."""
-        self.follower.begin(table)
+        forced = bool((table != _FREE).any())
+        self.follower.begin(table, max(_ENOUGH, 2 * self.turned) if forced else MOST_TURNS)
         try:
             with preserved(self.module):
                 outputs = self.run(case)
@@ -129,11 +133,13 @@ class _Paths:
         except Exception:
             self.raised |= {side for side in self.follower.followed.taken if self.raises(side)}
             return None
+        if not forced:
+            self.turned = max(self.turned, self.follower.turned)
         self.seen.update(self.follower.followed.taken)
-        forced = Forced(case, table, outputs)
-        self.runs.append(forced)
+        made = Forced(case, table, outputs)
+        self.runs.append(made)
         self.answers.append(self.follower.followed)
-        return forced
+        return made
 
     def raises(self, side: tuple[int, bool]) -> bool:
         return side[1] in self.course.numbered[side[0]].raises
@@ -206,22 +212,42 @@ class _Paths:
 
     def refuse_other(self, case: int, followed: Forced) -> None:
         """Refuse where the outlined code gives something else than the user's on the same inputs."""
-        with preserved(self.module):
-            expected = self.run(case)
-        if not self.same(expected, followed.outputs):
-            raise Refusal("the module does not compute the same when its source is taken apart", None)
+
+        def own() -> list[Any]:
+            with preserved(self.module):
+                return self.run(case)
+
+        expected = own()
+        self.refuse_unlike(expected, followed, own)
         followed.outputs = expected
+
+    def refuse_unlike(self, expected: list[Any], followed: Forced, again: Callable[[], list[Any]]) -> None:
+        """Refuse where the outlined code gave something else than ``expected``, which the user's own gave."""
+        if self.same(expected, followed.outputs):
+            return
+        if not self.same(expected, again()):
+            raise Refusal("the module gives something else each time: it uses random numbers or keeps state", None)
+        raise Refusal("the module does not compute the same when its source is taken apart", None)
 
     def prefer_own_code(self) -> None:
         """Take the outputs of the user's own code wherever it can be given the same answers."""
         for forced, followed in zip(self.runs, self.answers, strict=True):
             if not followed.faithful or not (forced.table >= 0).any():
                 continue
-            mode = Dictated(followed.answers)
-            with contextlib.suppress(Misaligned, Exception), preserved(self.module):
-                with mode:
-                    outputs = self.run(forced.case)
-                if not mode.answers:
-                    if not self.same(outputs, forced.outputs):
-                        raise Refusal("the module does not compute the same when its source is taken apart", None)
-                    forced.outputs = outputs
+            with contextlib.suppress(Misaligned, Exception):
+                outputs = self.dictated(forced.case, followed)
+                self.refuse_unlike(outputs, forced, lambda: self.dictated(forced.case, followed))  # noqa: B023
+                forced.outputs = outputs
+
+    def dictated(self, case: int, followed: Followed) -> list[Any]:
+        """What the user's own code returns, given the answers of ``followed``.
+
+        Raises:
+            Misaligned: It asks something else.
+        """
+        mode = Dictated(followed.answers)
+        with preserved(self.module), mode:
+            outputs = self.run(case)
+        if mode.answers:
+            raise Misaligned(somewhere())
+        return outputs

@@ -1,7 +1,7 @@
 """The Decide nodes of a sunk model: taken out, or made to obey an input, so that each side can be run.
 
 A table of int8 says what each decision is forced to: -1 leaves it alone, 0 is false, 1 is true. It has a row for each
-decision and a column for each turn of the innermost Loop around it; the last column holds for all later turns.
+decision and a column for each turn of the innermost Loop that takes it; the last column holds for all later turns.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from graphopt.exporting.branches.markers import DOMAIN
 
 TABLE = "graphopt_decisions"  # the name of the input
 TURNS = 6  # columns
+MOST_TURNS = 10_000  # more are taken for endless
 
 
 def decide_nodes(model: ir.Model) -> list[ir.Node]:
@@ -48,35 +49,45 @@ def strip(model: ir.Model) -> None:
 
 
 def force(model: ir.Model, count: int) -> None:
-    """Make the Decide nodes of ``model`` obey the input `TABLE`, int8 of shape (count, `TURNS`), in place."""
+    """Make the Decide nodes of ``model`` obey the input `TABLE`, int8 of shape (count, `TURNS`), in place.
+
+    No Loop turns more than `MOST_TURNS` times: one that decides otherwise than the module does might not end.
+    """
+    _bound_loops(model)
     table = ir.Value(name=TABLE, type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape([count, TURNS]))
     model.graph.inputs.append(table)
-    for graph, turn in list(_bodies(model.graph, None)):
-        for node in [node for node in graph if _is_decide(node)]:
-            made = list(_obeying(node, table, turn))
-            for index, new in enumerate(made):
-                new.outputs[0].name = f"{node.outputs[0].name}_made_{index}"
-            graph.insert_before(node, made)
-            truth = made[-1].outputs[0]
-            truth.type, truth.shape = node.outputs[0].type, ir.Shape([])
-            node.outputs[0].replace_all_uses_with(truth, replace_graph_outputs=True)
-            graph.remove(node, safe=True)
+    for node in decide_nodes(model):
+        graph = node.graph
+        assert isinstance(graph, ir.Graph)
+        made = list(_obeying(node, table))
+        for index, new in enumerate(made):
+            new.outputs[0].name = f"{node.outputs[0].name}_made_{index}"
+        graph.insert_before(node, made)
+        truth = made[-1].outputs[0]
+        truth.type, truth.shape = node.outputs[0].type, ir.Shape([])
+        node.outputs[0].replace_all_uses_with(truth, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
     model.opset_imports.pop(DOMAIN, None)
 
 
-def _bodies(graph: ir.Graph, turn: ir.Value | None) -> Iterator[tuple[ir.Graph, ir.Value | None]]:
-    """All graphs, each with the turn of the innermost Loop around it."""
-    yield graph, turn
-    for node in graph:
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                body = attribute.as_graph()
-                yield from _bodies(body, body.inputs[0] if node.op_type == "Loop" else turn)
+def _bound_loops(model: ir.Model) -> None:
+    most = ir.Value(
+        name=f"{TABLE}_most_turns",
+        type=ir.TensorType(ir.DataType.INT64),
+        shape=ir.Shape([]),
+        const_value=ir.tensor(MOST_TURNS, dtype=ir.DataType.INT64),
+    )
+    for node in list(model.graph.all_nodes()):
+        if node.domain == "" and node.op_type == "Loop" and node.inputs[0] is None:
+            node.replace_input_with(0, most)
+    if most.uses():
+        model.graph.register_initializer(most)
 
 
-def _obeying(node: ir.Node, table: ir.Value, turn: ir.Value | None) -> Iterator[ir.Node]:
+def _obeying(node: ir.Node, table: ir.Value) -> Iterator[ir.Node]:
     """``forced == 1 or (forced < 0 and condition)`` with ``forced`` from the table."""
     number = node.attributes["number"].as_int()
+    turn = node.inputs[1] if len(node.inputs) > 1 else None
 
     def make(op_type: str, *inputs: ir.Value | None) -> ir.Node:
         return ir.Node("", op_type, inputs)

@@ -11,11 +11,12 @@ from graphopt.exporting.branches.places import Place
 
 
 class Refusal(BaseException):
-    """The module's control flow has no ONNX form; ``place`` is the user's line that says so."""
+    """The module's control flow has no ONNX form; ``place`` is the user's line that says so, ``hint`` what to do."""
 
-    def __init__(self, what: str, place: Place | None) -> None:
+    def __init__(self, what: str, place: Place | None, hint: str | None = None) -> None:
         self.what = what
         self.place = place
+        self.hint = hint
         super().__init__(what if place is None else f"{what}, at {place}")
 
 

@@ -16,13 +16,11 @@ import numpy as np
 from torch.overrides import TorchFunctionMode
 
 from graphopt.exporting.branches import numbers
-from graphopt.exporting.branches.deciding import TURNS
+from graphopt.exporting.branches.deciding import MOST_TURNS, TURNS
 from graphopt.exporting.branches.decisions import Address, Choice, Course, Decision, Run, Stack
 from graphopt.exporting.branches.patching import calls_through
 from graphopt.exporting.branches.places import Place, here, somewhere
 from graphopt.exporting.branches.questions import Questions, is_tensor
-
-MOST_TURNS = 10_000  # of a loop in a run that is forced; more are taken for endless
 
 Table = np.ndarray[Any, np.dtype[np.int8]]
 
@@ -67,11 +65,15 @@ class Follower(Questions):
         self.table: Table | None = None
         self.begin(None)
 
-    def begin(self, table: Table | None) -> None:
-        """Get ready for a run that is decided as ``table`` says (see `deciding`); None: nothing is forced."""
-        self.table = table
+    def begin(self, table: Table | None, most: int = MOST_TURNS) -> None:
+        """Get ready for a run that is decided as ``table`` says (see `deciding`); None: nothing is forced.
+
+        Its ``while`` loops may turn ``most`` times, all together.
+        """
+        self.table, self.most = table, most
         self.stack = Stack()
         self.turns: list[int] = []
+        self.turned = 0
         self.followed = Followed()
 
     def follow(self, run: Callable[[], Any], arguments: Any) -> Any:
@@ -156,6 +158,9 @@ class Follower(Questions):
         goes_on = self._loop_truth(address, "first", test)
         turn = 0
         while goes_on:
+            self.turned += 1
+            if self.turned > self.most:
+                raise Endless
             with self._turn(turn):
                 if self.region(body, (address, "body")):
                     return
@@ -181,8 +186,6 @@ class Follower(Questions):
 
     @contextmanager
     def _turn(self, turn: int) -> Iterator[None]:
-        if turn >= MOST_TURNS:
-            raise Endless
         self.turns.append(turn)
         try:
             yield
@@ -206,7 +209,7 @@ def natural_truth(tensor: Any) -> bool:
 
 
 class Bounded(TorchFunctionMode):  # type: ignore[misc]
-    """Ends a run that asks tensors for their truth more often than any module that ends."""
+    """Ends a run that asks tensors for their truth or value more often than any module that ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +218,7 @@ class Bounded(TorchFunctionMode):  # type: ignore[misc]
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         import torch
 
-        if function is torch.Tensor.__bool__:
+        if function in (torch.Tensor.__bool__, torch.Tensor.item):
             self.asked += 1
             if self.asked > MOST_TURNS:
                 raise RuntimeError("a loop does not end")

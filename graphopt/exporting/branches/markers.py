@@ -2,7 +2,8 @@
 
 All markers are pure, in the domain ``graphopt.flow``, and gone once `sinking` has made Ifs and Loops of them:
 
-* ``decide(condition, number)``: the truth of decision ``number``, a scalar bool.
+* ``decide(condition, turn, number)``: the truth of decision ``number``, a scalar bool. ``turn``: of the innermost loop
+  that decides it in each turn, if any.
 * ``select(condition, one, other, join)``: ``one`` where the condition is true. Same dtype and rank.
 * ``loop_begin(initial, loop, index, dynamic)``: the value of carried variable ``index`` as a turn of the loop begins;
   the axes flagged dynamic change their size from turn to turn. (Without the index, two variables that begin as one
@@ -26,7 +27,7 @@ DOMAIN = "graphopt.flow"
 _NAMESPACE = "graphopt_flow"
 
 _OPERATORS = {
-    "decide": "(Tensor condition, int number) -> Tensor",
+    "decide": "(Tensor condition, Tensor? turn, int number) -> Tensor",
     "select": "(Tensor condition, Tensor one, Tensor other, int join) -> Tensor",
     "loop_begin": "(Tensor initial, int loop, int index, bool[] dynamic) -> Tensor",
     "loop_turn": "(Tensor first, int loop) -> Tensor",
@@ -55,7 +56,8 @@ def operators() -> Any:
 
     library = torch.library.Library(_NAMESPACE, "DEF")
     for name, signature in _OPERATORS.items():
-        library.define(name + signature)
+        # As if random: else torch, where all arguments are constants (`torch.tensor(0)`), wants to know the result.
+        library.define(name + signature, tags=(torch.Tag.nondeterministic_seeded,))
 
     def like(value: Any, dynamic: Sequence[bool], *leading: Any) -> Any:
         # Not `empty_like`: a fake tensor that holds a known constant would give a "known" value of garbage.
@@ -93,8 +95,8 @@ def translations() -> dict[Any, Callable[..., Any]]:
     _register_schemas()
     flow = Opset(DOMAIN, 1)
 
-    def decide(condition: Any, number: int) -> Any:
-        return flow.Decide(condition, number=number)
+    def decide(condition: Any, turn: Any, number: int) -> Any:
+        return flow.Decide(condition, turn, number=number)
 
     def select(condition: Any, one: Any, other: Any, join: int) -> Any:
         return flow.Select(condition, one, other, number=join)
@@ -139,11 +141,15 @@ def _register_schemas() -> None:
     import onnx.defs as defs
 
     parameter, schema = defs.OpSchema.FormalParameter, defs.OpSchema
-    variadic = schema.FormalParameterOption.Variadic
+    variadic, optional = schema.FormalParameterOption.Variadic, schema.FormalParameterOption.Optional
     every = [f"tensor({name})" for name in _TYPES.split()]
     same, free, truth, count = "T", "U", "tensor(bool)", "tensor(int64)"
     shapes: dict[str, tuple[list[Any], str, list[str]]] = {
-        "Decide": ([parameter("condition", truth)], truth, ["number"]),
+        "Decide": (
+            [parameter("condition", truth), parameter("turn", count, param_option=optional)],
+            truth,
+            ["number"],
+        ),
         "Select": (
             [parameter("condition", truth), parameter("one", same), parameter("other", same)],
             same,

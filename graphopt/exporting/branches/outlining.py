@@ -45,7 +45,7 @@ def outlined(function: types.FunctionType) -> types.CodeType | None:
     definition = _definition(function)
     if definition is None or not _worth_it(definition):
         return None
-    definition.body = _without_returns(definition.body)
+    definition.body = _without_returns(_Annotations().visit(definition).body)
     variables = sorted(assigned(definition.body))
     definition = _Expressions().visit(definition)
     definition.decorator_list = []
@@ -203,6 +203,20 @@ def _has(node: ast.AST, kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> bool
     if isinstance(node, kind):
         return True
     return not isinstance(node, (*_LOOPS, *_SCOPES)) and any(_has(child, kind) for child in ast.iter_child_nodes(node))
+
+
+class _Annotations(ast.NodeTransformer):
+    """``name: type = value`` without its type: an annotated name cannot be another scope's."""
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
+        if not isinstance(node.target, ast.Name):
+            return node
+        if node.value is None:
+            return ast.copy_location(ast.Pass(), node)
+        return ast.copy_location(ast.Assign([node.target], node.value), node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.stmt:
+        return node  # its annotations are fields
 
 
 class _BodyReturns(ast.NodeTransformer):
@@ -408,9 +422,10 @@ class _Statements:
         whole = self.fresh()
         if isinstance(loop, ast.While):
             test, body = f"{whole}_test", f"{whole}_body"
+            by_test = assigned([ast.Expr(loop.test)])
             return [
                 _nested(loop, whole, variables, [loop]),
-                _nested(loop, test, [], [ast.copy_location(ast.Return(copy.deepcopy(loop.test)), loop)]),
+                _nested(loop, test, by_test, [ast.copy_location(ast.Return(copy.deepcopy(loop.test)), loop)]),
                 _body_function(loop, body, variables),
                 _hook(loop, "while_loop", [whole, test, body]),
             ]

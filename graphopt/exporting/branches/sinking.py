@@ -306,10 +306,15 @@ class _Sinking:
         return common
 
     def hoisted(self, unit: Unit, region: Region) -> Region:
-        """``region``, or the one around the outermost loop in it whose turns ``unit`` does not depend on."""
-        for around in self.chain(region):
-            if around is not None and around[1] == "body" and around[0].number not in self.inside[unit]:
-                return around[0].region
+        """``region``, or the one around the loops right around it whose turns ``unit`` does not depend on.
+
+        A loop stays where it is, and so does what stands in a branch: run where Python would not have run it, it might
+        not end, or read out of range.
+        """
+        if unit.kind == "LoopState":
+            return region
+        while region is not None and region[1] == "body" and region[0].number not in self.inside[unit]:
+            region = region[0].region
         return region
 
     # Graphs.

@@ -149,17 +149,18 @@ class StagedLoop:
         self.turns = self._turns()
         if isinstance(self.turns, range) and len(self.turns) < 2:
             return False
-        state = _LoopState(self, place)
+        before = state = _LoopState(self, place)
         if self.test is not None:
             first = self.piece("first", self.test)
+            state = _LoopState(self, place)  # the test itself may assign
         else:
             first = True if self.count is None else derived(self.count > 0)
         if not is_tensor(first) and not first:
-            state.restore()
+            before.restore()
             return False
         again = self.turn(0)
         if not is_tensor(again) and not is_tensor(first):
-            state.restore()
+            before.restore()
             return False
         self.emit(state, first if self.count is not None else self.as_truth(first, "first"))
         return True
@@ -231,7 +232,11 @@ class StagedLoop:
             state.restore()
             turn = numbers.mark(operators().loop_turn(first, number), turn=True)
             state.begin(first, number)
-            again = self.turn(turn)
+            self.tracer.turns.append(turn)
+            try:
+                again = self.turn(turn)
+            finally:
+                self.tracer.turns.pop()
             if not state.note_changes():
                 break
             number = next(self.tracer.loops)

@@ -13,6 +13,7 @@ replayed from a tape, so that nothing is traced twice.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import CodeType
@@ -92,6 +93,7 @@ class Tracer(Questions):
         self.unjoinable: dict[Key, Unjoinable] = {}
         self.joins = itertools.count()
         self.loops = itertools.count()
+        self.turns: list[Any] = []  # of the loops whose turn is traced, the innermost last
         self.places: dict[tuple[str, int], Place] = {}  # ("If", number of the join) or ("Loop", of the loop) → line
 
     def trace(self, run: Callable[[], Any], arguments: Any) -> Any:
@@ -176,7 +178,15 @@ class Tracer(Questions):
             decision = self.course.decisions[address] = Decision(number, somewhere(), self.stack.path(), ends=True)
             if number is not None:
                 self.course.numbered.append(decision)
-        return decided(condition, decision)
+        return self.decided(condition, decision)
+
+    def decided(self, condition: Any, decision: Decision) -> Any:
+        """``condition`` as a scalar bool tensor that carries the decision's number."""
+        import torch
+
+        truth = (condition if condition.dtype == torch.bool else condition != 0).reshape(())
+        turn = self.turns[-1] if self.turns else None
+        return truth if decision.number is None else operators().decide(truth, turn, decision.number)
 
     def _refuse_too_many(self, run: Run) -> None:
         if sum(not choice.settled for choice in run.log) > LIMIT:
@@ -185,8 +195,13 @@ class Tracer(Questions):
     def too_many(self, what: str, log: list[Choice]) -> Refusal:
         """The refusal of a region that decided ``log`` last."""
         place = log[-1].decision.place if log else somewhere()
-        loops = "".join(f"; the loop at {u.place} is no Loop: {u.what}" for u in self.knowledge.unrolled.values())
-        return Refusal(f"more than {LIMIT} {what} depend on each other{loops}", place)
+        loops = "".join(_no_loop(key, reason) for key, reason in self.knowledge.unrolled.items())
+        hint = (
+            "a loop becomes one Loop where a turn changes only tensors and numbers of one dtype and rank"
+            if loops
+            else "write `for _ in range(int(n))` as `while i < n`, choose between values by torch.where"
+        )
+        return Refusal(f"more than {LIMIT} {what} depend on each other, at {place}{loops}", None, hint)
 
     def _decision(self, condition: Any, *, settled: bool = False) -> Decision:
         address = self.stack.top.next_decision()
@@ -281,12 +296,28 @@ class Tracer(Questions):
                 self.knowledge.unrolled[reason.loop or key] = reason
                 raise Retrace from reason
             except Exception as error:  # of torch, or of the user's code, which meets tensors where numbers were
-                self.knowledge.unrolled[key] = Unstageable(describe(error, here=False), somewhere())
+                self.knowledge.unrolled[key] = Unstageable(_told(error), somewhere())
                 raise Retrace from error
             if done:
                 self.course.staged.add(address)
                 return
         self.statement(whole)
+
+
+_INNER = re.compile(r"graphopt_flow|aten[:.]|[Dd]ispatch|\bkernel\b|FakeTensor|OpOverload|proxy|SymInt|u\d+\b")
+
+
+def _no_loop(key: Key, reason: Unstageable) -> str:
+    """Why the loop at ``key`` is traced turn by turn."""
+    loop = Place(key[0], key[1], "")
+    at = "" if str(reason.place) == str(loop) else f", at {reason.place}"
+    return f"; the loop at {loop} is no Loop: {reason.what}{at}"
+
+
+def _told(error: Exception) -> str:
+    """What stopped a loop's trace; where the text is about torch's inside, that alone."""
+    text = describe(error, here=False)
+    return "torch cannot trace a turn that stands for all of them" if _INNER.search(text) else text
 
 
 def _cells(function: Any) -> tuple[Any, ...]:
@@ -381,7 +412,7 @@ class _Exploration:
         tracer, number = self.tracer, next(self.tracer.joins)
         place = choice.decision.place
         tracer.places["If", number] = place
-        condition = decided(choice.condition, choice.decision)
+        condition = tracer.decided(choice.condition, choice.decision)
         return join(condition, one, other, place, number, tracer.knowledge.promote)
 
     def reset(self) -> None:
@@ -398,14 +429,6 @@ class _Exploration:
         self.reset()
         for run, length in self.tapes:
             del run.tape[length:]  # type: ignore[attr-defined]
-
-
-def decided(condition: Any, decision: Decision) -> Any:
-    """``condition`` as a scalar bool tensor that carries the decision's number."""
-    import torch
-
-    truth = (condition if condition.dtype == torch.bool else condition != 0).reshape(())
-    return truth if decision.number is None else operators().decide(truth, decision.number)
 
 
 def _without_number_indices(tensor: Any, key: Any) -> tuple[Any, Any]:

@@ -110,8 +110,8 @@ def _unsqueeze(t: Lift, node: ir.Node) -> Sequence[Lifted]:
     return [t.result(node, t.unsqueeze(given.value, flat), place)]
 
 
-@rule("Concat")
-def _concat(t: Lift, node: ir.Node) -> Sequence[Lifted]:
+@rule("Concat", "GatherElements", "ScatterElements")
+def _one_axis_of_all(t: Lift, node: ir.Node) -> Sequence[Lifted]:
     given = [operand(t, node, index) for index in range(len(node.inputs))]
     axis = integer(t, node, "axis", 0) % given[0].rank
     place = common_place(given)
@@ -167,16 +167,6 @@ def _gather(t: Lift, node: ir.Node) -> Sequence[Lifted]:
     order = [*range(1 + indices.rank, 1 + indices.rank + axis), *range(1, 1 + indices.rank)]
     order = [0, *order, *range(1 + indices.rank + axis, rank + indices.rank)]
     return [t.result(node, t.transpose(made, order), STACKED)]
-
-
-@rule("GatherElements", "ScatterElements")
-def _elements(t: Lift, node: ir.Node) -> Sequence[Lifted]:
-    given = [operand(t, node, index) for index in range(len(node.inputs))]
-    axis = integer(t, node, "axis", 0) % given[0].rank
-    place = common_place(given)
-    if place is None or place in (STACKED, axis):
-        return t.same_results(node, [t.stacked(value) for value in given], STACKED, axis=axis + 1)
-    return t.same_results(node, [t.along(value, place) for value in given], place)
 
 
 @rule("GatherND")

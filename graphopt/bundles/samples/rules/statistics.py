@@ -54,8 +54,8 @@ def _layer_norm(t: Lift, node: ir.Node) -> Sequence[Lifted]:
     return one_axis(t, node, integer(t, node, "axis", -1), before=True)
 
 
-@rule("LpNormalization")
-def _lp_norm(t: Lift, node: ir.Node) -> Sequence[Lifted]:
+@rule("LpNormalization", "TopK")
+def _last_axis(t: Lift, node: ir.Node) -> Sequence[Lifted]:
     return one_axis(t, node, integer(t, node, "axis", -1))
 
 
@@ -71,11 +71,6 @@ def _mean_variance(t: Lift, node: ir.Node) -> Sequence[Lifted]:
 @rule("ArgMax", "ArgMin")
 def _arg(t: Lift, node: ir.Node) -> Sequence[Lifted]:
     return one_axis(t, node, integer(t, node, "axis", 0), kept=bool(integer(t, node, "keepdims", 1)))
-
-
-@rule("TopK")
-def _top(t: Lift, node: ir.Node) -> Sequence[Lifted]:
-    return one_axis(t, node, integer(t, node, "axis", -1))
 
 
 @rule("CumSum")
