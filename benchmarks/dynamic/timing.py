@@ -53,6 +53,10 @@ def time_all(network: Dynamic, files: Mapping[str, Path], seconds: float, *, see
             [{"eager": _eager(network, image), **_bound(runners, image)} for image in group.split(1)]
             for group in groups
         ]
+        # Every path once before: blocks are loaded when they are first needed, and sessions grow their memory at first.
+        for image_calls in (one for group in calls for one in group):
+            for call in image_calls.values():
+                call()
         repeats = {name: _repeats([group[0][name] for group in calls]) for name in names}
         began = time.perf_counter()
         done = 0
