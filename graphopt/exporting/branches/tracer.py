@@ -23,11 +23,12 @@ from graphopt.exporting.branches import numbers
 from graphopt.exporting.branches.decisions import Address, Choice, Course, Decision, Run, Stack
 from graphopt.exporting.branches.errors import Refusal, Retrace, Unjoinable, Unstageable
 from graphopt.exporting.branches.joining import is_derived, join
+from graphopt.exporting.branches.loop_lists import StackedList, stacked_result
 from graphopt.exporting.branches.markers import operators
 from graphopt.exporting.branches.patching import calls_through
 from graphopt.exporting.branches.places import Place, somewhere
 from graphopt.exporting.branches.questions import LIMIT, Questions, computed, is_tensor
-from graphopt.exporting.branches.staging import StackedList, StagedLoop, stacked_result
+from graphopt.exporting.branches.staging import StagedLoop
 from graphopt.exporting.branches.state import contents, reach, write
 from graphopt.exporting.factory import describe
 
