@@ -15,7 +15,6 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +30,7 @@ from graphopt.bundles.schema import read_json
 from graphopt.bundles.split import Split
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.files.external import external_sizes
-from graphopt.files.folder import STAGING_SUFFIX, as_one_line, check_folder, locked, remove_leftovers, take_lock
+from graphopt.files.folder import STAGING_SUFFIX, as_one_line, check_folder, locked, make_staging
 from graphopt.files.placement import Slot, goes_outside, tensor_slots
 from graphopt.files.writing import saved_form, serialise, write_data, write_file
 
@@ -72,12 +71,8 @@ class StagedBundle:
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        self.path = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=STAGING_SUFFIX, dir=target.absolute().parent)
-        )
-        # The lock lives as long as the process: a later save can tell a leftover from one that is going on.
-        self._lock: int | None = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        take_lock(self._lock, wait=False)
+        self._lock: int | None
+        self.path, self._lock = make_staging(target)
         self.version = self.path / "version"
         self.version.mkdir()
 
@@ -153,9 +148,7 @@ def stage_bundle(parts: Split, bundle: str | Path, *, files: Iterable[Path] = ()
     target = Path(bundle)
     check_bundle_target(target)
     with as_one_line(target):
-        with locked(target.absolute().parent):  # a folder that has no lock yet is none that a killed save left
-            remove_leftovers(target)
-            staged = StagedBundle(target)
+        staged = StagedBundle(target)
         try:
             staged.write(parts, files)
         except BaseException:

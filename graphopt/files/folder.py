@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,20 @@ def check_folder(folder: Path) -> None:
         raise BadInput("no such folder", where=str(folder), hint=f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise BadInput("no permission to write here", where=str(folder), hint="write to another folder")
+
+
+def make_staging(target: Path) -> tuple[Path, int]:
+    """A hidden folder beside a target, and the descriptor that holds its lock; what killed saves left goes.
+
+    The lock lives as long as the process: a later save can tell a leftover from a save that is going on. Until it is
+    taken the folder looks like a leftover, so that all of it is done under the parent's lock.
+    """
+    with locked(target.absolute().parent):
+        remove_leftovers(target)
+        folder = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=STAGING_SUFFIX, dir=target.absolute().parent)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        take_lock(descriptor, wait=False)
+    return Path(folder), descriptor
 
 
 def remove_leftovers(target: Path) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from types import TracebackType
 
@@ -20,14 +19,12 @@ import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
 from graphopt.files.folder import (
-    STAGING_SUFFIX,
     as_one_line,
     check_target,
     data_stem,
     locked,
+    make_staging,
     mentions,
-    remove_leftovers,
-    take_lock,
 )
 from graphopt.files.placement import Slot, embeds, goes_outside, tensor_slots
 from graphopt.files.writing import saved_form, serialise, write_data, write_file
@@ -48,11 +45,8 @@ class StagedSave:
     def __init__(self, target: Path) -> None:
         self._target = target
         self._folder = target.parent
-        staging = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=STAGING_SUFFIX, dir=self._folder)
-        self._staging = Path(staging)
-        # The lock lives as long as the process: a later save can tell a leftover from a save that is going on.
-        self._lock: int | None = os.open(self._staging, os.O_RDONLY | os.O_DIRECTORY)
-        take_lock(self._lock, wait=False)
+        self._lock: int | None
+        self._staging, self._lock = make_staging(target)
         self._data: Path | None = None
         self._moved: list[tuple[Slot, ir.TensorProtocol]] = []
         self.staged_path = self._staging / target.name
@@ -167,7 +161,6 @@ def stage_model(model: ir.Model, path: str | Path) -> StagedSave:
     target = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would write through a link, not replace it
     check_target(target)
     with as_one_line(target):
-        remove_leftovers(target)
         staged = StagedSave(target)
         try:
             staged.write(model)
