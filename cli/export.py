@@ -31,9 +31,9 @@ def command(factory: str, out: Path, opset: int, as_json: bool, verbose: bool) -
     MODULE is an importable name or the path of a .py file. FACTORY() returns (module, example_inputs,
     dynamic_axes): example_inputs is {input: tensor}, dynamic_axes is {input: {axis: symbol}} or None.
 
-    Python control flow that depends on tensors (if, while, break, return) becomes If and Loop. The file is
-    written only if ONNX Runtime computes from it what the module computes, on three inputs of different
-    values and sizes, and on every side of every such decision.
+    Python control flow that depends on tensors or on the sizes of dynamic axes (if, while, break, return)
+    becomes If and Loop. The file is written only if ONNX Runtime computes from it what the module computes,
+    on three inputs or more of different values and sizes, and on every side of every such decision.
     """
     from graphopt.exporting import export
 

@@ -7,14 +7,16 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.exporting.branches.errors import Refusal
 from graphopt.exporting.branches.markers import translations
+from graphopt.exporting.branches.places import Place
 from graphopt.exporting.factory import Example, _relative
+from graphopt.exporting.sizes.guards import Guard, Questions, fixes_an_axis, guards_of, questions, user_symbols
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,6 +37,7 @@ class Captured:
         leaves: Which of the leaves of what the module returns they are.
         bounds: Symbol → smallest and largest size (None: no limit known).
         traced: Where the module branches on tensors' values: its decisions. The model then has markers for `sink`.
+        guards: What the model depends on in the sizes of the dynamic axes.
     """
 
     model: ir.Model
@@ -42,6 +45,11 @@ class Captured:
     leaves: list[int]
     bounds: dict[str, tuple[int, int | None]]
     traced: Traced | None = None
+    guards: list[Guard] = field(default_factory=list)
+
+
+class FixedAxis(BadInput):
+    """The export holds for one size of a dynamic axis, or for sizes tied to one another."""
 
 
 @contextmanager
@@ -60,14 +68,18 @@ def quiet(enabled: bool) -> Iterator[None]:
         logging.disable(before)
 
 
-def capture(example: Example, name: str, *, opset: int, verbose: bool, promote: bool = True) -> Captured:
+def capture(
+    example: Example, name: str, *, opset: int, verbose: bool, promote: bool = True, free: bool = False
+) -> Captured:
     """Export ``example.module`` with `torch.export` and torch's exporter, nothing optimized.
 
     Where it branches on tensors' values, all its paths are exported (see `branches`), and the model has markers.
     ``promote``: Python numbers that differ from path to path become tensors; otherwise their paths stay apart.
+    ``free``: The module may narrow its axes or fix them; `Captured.guards` say to what.
 
     Raises:
-        BadInput: The opset is outside what the exporter writes, or an axis named dynamic is fixed by the module.
+        BadInput: The opset is outside what the exporter writes.
+        FixedAxis: An axis named dynamic is fixed by the module, or tied to another; not where ``free``.
         GraphoptError: torch could not export the module; the line says what stopped it and where.
     """
     import torch
@@ -77,20 +89,18 @@ def capture(example: Example, name: str, *, opset: int, verbose: bool, promote: 
             f"opset {opset} is too old for torch's exporter", where="--opset", hint=f"{OLDEST_OPSET} or newer"
         )
     with quiet(not verbose), torch.no_grad():
-        traced: Traced | None = None
-        try:
-            with _printing_kept(verbose):
-                program, shapes = _export_program(example, name, torch)
-        except _BranchesOnData:
-            (program, shapes), traced = _export_paths(example, name, torch, promote)
+        exported, traced = _exported(example, name, torch, promote=promote, free=free, verbose=verbose)
+        program = exported.program
         _name_all_axes(program, torch)
+        _drop_squeezes(program, torch)
+        _refuse_random(program, name)
         try:
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
                 optimize=False,  # it would fold products of weights, which are structure that passes look for
                 opset_version=opset,
-                dynamic_shapes=shapes,
+                dynamic_shapes=None if free else exported.shapes,
                 verbose=False,
                 custom_translation_table=translations() if traced is not None else None,
             )
@@ -98,7 +108,43 @@ def capture(example: Example, name: str, *, opset: int, verbose: bool, promote: 
             raise _torch_error(error, name) from error
     assert onnx_program is not None
     leaves, names = _outputs(program)
-    return Captured(onnx_program.model, names, leaves, _bounds(program, example), traced)
+    if free:
+        _name_symbols(onnx_program.model, {str(s): n for s, n in user_symbols(program, example).items()})
+    guards = guards_of(program, example, exported.noted)
+    return Captured(onnx_program.model, names, leaves, _bounds(program, example), traced, guards)
+
+
+@dataclass
+class _Exported:
+    """A program of torch.export, the shapes it was told of, and what was asked about sizes meanwhile."""
+
+    program: Any
+    shapes: Any
+    noted: Questions
+
+
+def _exported(
+    example: Example, name: str, torch: Any, *, promote: bool, free: bool, verbose: bool
+) -> tuple[_Exported, Traced | None]:
+    """The module as torch.export takes it; where that stops at a decision, or a loop fixes an axis, all its paths."""
+    try:
+        with _printing_kept(verbose):
+            exported = _export_program(example, name, torch, free)
+        if not (free and fixes_an_axis(guards_of(exported.program, example, exported.noted))):
+            return exported, None
+    except _BranchesOnData:
+        return _export_paths(example, name, torch, promote, free)
+    except FixedAxis as fixed:
+        try:
+            return _export_paths(example, name, torch, promote, free)
+        except GraphoptError:
+            raise fixed from None
+    try:  # a `while` that counts up to a size is one Loop there
+        followed = _export_paths(example, name, torch, promote, free)
+    except GraphoptError:
+        return exported, None
+    guards = guards_of(followed[0].program, example, followed[0].noted)
+    return (exported, None) if fixes_an_axis(guards) else followed
 
 
 @contextmanager
@@ -117,12 +163,12 @@ class _BranchesOnData(GraphoptError):
     at = ""  # ", at file:line" of it
 
 
-def _export_paths(example: Example, name: str, torch: Any, promote: bool) -> tuple[tuple[Any, Any], Traced]:
+def _export_paths(example: Example, name: str, torch: Any, promote: bool, free: bool) -> tuple[_Exported, Traced]:
     """Export all paths of a module that branches on tensors' values."""
     from graphopt.exporting.branches.tracing import trace_paths
 
     try:
-        exported, traced = trace_paths(example.module, lambda: _export_program(example, name, torch), promote)
+        exported, traced = trace_paths(example.module, lambda: _export_program(example, name, torch, free), promote)
     except Refusal as refusal:
         what = f"the module's control flow has no ONNX form: {refusal}"
         raise GraphoptError(what, where=name, hint=refusal.hint) from refusal
@@ -131,14 +177,26 @@ def _export_paths(example: Example, name: str, torch: Any, promote: bool) -> tup
             f"the module's control flow has no ONNX form: a size that depends on a tensor's values decides{error.at}",
             where=name,
         ) from error
-    exported[0].graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
+    exported.program.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
     return exported, traced
 
 
-def _export_program(example: Example, name: str, torch: Any) -> tuple[Any, Any]:
+def _export_program(example: Example, name: str, torch: Any, free: bool) -> _Exported:
+    if free:
+        shapes = {
+            key: dict.fromkeys(example.axes.get(key, {}), torch.export.Dim.AUTO) or None for key in example.inputs
+        }
+        try:
+            with questions() as noted:
+                program = torch.export.export(
+                    example.module, (), kwargs=example.inputs, dynamic_shapes=shapes, strict=False
+                )
+        except Exception as error:
+            raise _torch_error(error, name) from error
+        return _Exported(program, shapes, noted)
     symbols = sorted({symbol for axes in example.axes.values() for symbol in axes.values()})
     dims = {symbol: torch.export.Dim(symbol) for symbol in symbols}
-    shapes: Any = {
+    shapes = {
         key: {axis: dims[symbol] for axis, symbol in example.axes.get(key, {}).items()} or None
         for key in example.inputs
     }
@@ -146,17 +204,18 @@ def _export_program(example: Example, name: str, torch: Any) -> tuple[Any, Any]:
     # The module may bound an axis (positions: 512 at most); torch then says by what, once for each bound.
     for _ in range(len(symbols) + 2):
         try:
-            program = torch.export.export(
-                example.module,
-                (),
-                kwargs=example.inputs,
-                dynamic_shapes=shapes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=deferred,
-            )
-            return program, shapes
+            with questions() as noted:
+                program = torch.export.export(
+                    example.module,
+                    (),
+                    kwargs=example.inputs,
+                    dynamic_shapes=shapes,
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=deferred,
+                )
+            return _Exported(program, shapes, noted)
         except torch._dynamo.exc.UserError as error:
-            refined = _refine(str(error), shapes, symbols, name)
+            refined = _refine(str(error), shapes, symbols, name, noted.fixed_at())
             if refined is not None:
                 shapes = refined
             elif not deferred and "Constraints violated" in str(error):
@@ -181,7 +240,48 @@ def _name_all_axes(program: Any, torch: Any) -> None:
                 program.graph.erase_node(node)
 
 
-def _refine(text: str, shapes: Any, symbols: list[str], name: str) -> Any | None:
+def _drop_squeezes(program: Any, torch: Any) -> None:
+    """Take out squeezes of axes that are not 1: torch leaves those as they are, ONNX's Squeeze raises."""
+    for node in list(program.graph.nodes):
+        if node.target is not torch.ops.aten.squeeze.dim:
+            continue
+        source, axis = node.args
+        shape = source.meta["val"].shape
+        if shape and not (isinstance(shape[axis], int) and shape[axis] == 1):
+            node.replace_all_uses_with(source)
+            program.graph.erase_node(node)
+
+
+def _refuse_random(program: Any, name: str) -> None:
+    """Refuse random numbers: ONNX draws other ones, and nothing can be compared with them."""
+    for node in program.graph.nodes:
+        drawn = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        if re.sub("(_functional|_like|_)$", "", drawn) in _RANDOM:
+            frames = [f for f in _USER_FRAME.findall(node.meta.get("stack_trace") or "") if "/torch/" not in f[0]]
+            at = f", at {_relative(frames[-1][0])}:{frames[-1][1]}" if frames else ""
+            raise GraphoptError(
+                f"the module draws random numbers ({drawn}){at}",
+                where=name,
+                hint="ONNX would draw others: make them an input",
+            )
+
+
+def _name_symbols(model: ir.Model, names: dict[str, str]) -> None:
+    """Torch's symbols in the shapes of ``model`` as the user's."""
+    import onnx_ir as ir
+
+    def renamed(size: Any) -> Any:
+        if isinstance(size, int) or size.value is None:
+            return size
+        return ir.SymbolicDim(re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), size.value))
+
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(size) for size in value.shape])
+
+
+def _refine(text: str, shapes: Any, symbols: list[str], name: str, place: Place | None) -> Any | None:
     """The shapes that torch suggests, or None where it suggests none. Raises where it would fix an axis."""
     from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 
@@ -191,18 +291,19 @@ def _refine(text: str, shapes: Any, symbols: list[str], name: str) -> Any | None
     head, fixes = text.split("Suggested fixes:", 1)
     lines = [line.strip() for line in fixes.strip().splitlines()]
     block = lines[: lines.index("")] if "" in lines else lines
+    at = f", at {place}" if place is not None else ""
     for line in block:
         symbol, _, value = line.partition(" = ")
         if value.isdigit():
-            raise BadInput(
-                f"the module fixes the dynamic axis {symbol!r} at {value}",
+            raise FixedAxis(
+                f"the module fixes the dynamic axis {symbol!r} at {value}{at}",
                 where=name,
                 hint=f"take {symbol!r} out of dynamic_axes, or remove what depends on its size from forward",
             )
         tied = set(re.findall(r"[A-Za-z_]\w*", value)) & set(symbols) - {symbol}
         if tied and not value.startswith("Dim("):
-            raise BadInput(
-                f"the module ties the dynamic axis {symbol!r} to {value}",
+            raise FixedAxis(
+                f"the module ties the dynamic axis {symbol!r} to {value}{at}",
                 where=name,
                 hint="give axes of the same size one symbol; other ties cannot be said in dynamic_axes",
             )
@@ -212,6 +313,10 @@ def _refine(text: str, shapes: Any, symbols: list[str], name: str) -> Any | None
         return None
 
 
+# Not what torch tags so: attention and dropout draw nothing where their probability is 0.
+_RANDOM = frozenset(
+    ["rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "uniform", "exponential", "poisson"]
+)
 _UNSUPPORTED = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 _USER_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 

@@ -6,7 +6,8 @@ The first is the example itself; the others are drawn like it, with the dynamic 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 # Of the output's largest magnitude. A correct float32 export measures 1e-7 to 1e-5 here; the smallest real
 # fault (a wrong epsilon, tanh for erf in Gelu) 1e-4 and more. The narrow types: some tens of their epsilon.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
+
+_STEP = 3  # how far an integer that is drawn for another may be from it
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,23 @@ def make_cases(
     name: str,
     *,
     leaves: list[int] | None = None,
+    sizes: list[list[dict[str, int]]] | None = None,
     seed: int = 0,
 ) -> tuple[list[Case], list[str]]:
-    """Three cases the eager module accepts, with what it returns for each, and notes.
+    """Three cases or more that the eager module accepts, with what it returns for each, and notes.
 
     The first is the example itself, whose outputs are ``expected``. Where the module refuses the sizes first chosen (a
-    limit that its code does not show), others are tried, the example's own last. ``leaves`` is as for `run_eager`.
+    limit that its code does not show), others are tried, the example's own last. An axis of size 1 is
+    another case for each axis but the first, which has it already.
+
+    Args:
+        example: With the module.
+        expected: What it gives for the example.
+        bounds: Symbol → smallest and largest size.
+        name: The factory's, for messages.
+        leaves: As for `run_eager`.
+        sizes: Sizes to try for the second and the third case, where others than the usual are wanted.
+        seed: Of what is drawn.
 
     Raises:
         GateFailed: The module does not run on any inputs drawn like the example.
@@ -124,22 +139,32 @@ def make_cases(
     cases = [Case(own, example.inputs, expected)]
     notes: list[str] = []
     generator = torch.Generator().manual_seed(seed)
-    for candidates in _sizes_to_try(own, bounds):
+
+    def drawn(chosen: dict[str, int], *, vary: bool = False) -> Case:
+        inputs = {
+            key: draw_like(value, key, _shape(value, example.axes.get(key, {}), chosen), generator, vary=vary)
+            for key, value in example.inputs.items()
+        }
+        return Case(chosen, inputs, run_eager(example, inputs, leaves))
+
+    for candidates in sizes or _sizes_to_try(own, bounds):
         refusal = ""
-        for sizes in candidates:
-            inputs = {
-                key: draw_like(value, key, _shape(value, example.axes.get(key, {}), sizes), generator)
-                for key, value in example.inputs.items()
-            }
+        for chosen in candidates:
+            with suppress(Exception):  # a number that the module does not take
+                cases.append(drawn(chosen, vary=True))
+                break
             try:
-                cases.append(Case(sizes, inputs, run_eager(example, inputs, leaves)))
+                cases.append(drawn(chosen))
                 break
             except Exception as error:
-                refusal = refusal or f"the module does not run at {_sized(sizes)}: {describe(error, here=False)}"
+                refusal = refusal or f"the module does not run at {_sized(chosen)}: {describe(error, here=False)}"
         else:
             raise GateFailed(refusal or "the module does not run on inputs drawn like the example", where=name)
         if refusal:
             notes.append(f"{refusal}; compared at {_sized(cases[-1].sizes)} instead")
+    for chosen in _ones(own, bounds) if sizes is None else []:
+        with suppress(Exception):  # sizes that the module does not take
+            cases.append(drawn(chosen))
     return cases, notes
 
 
@@ -171,22 +196,31 @@ def _sizes_to_try(own: Mapping[str, int], bounds: Mapping[str, tuple[int, int | 
     return [[small, less, half, dict(own)], [large, twice, half, dict(own)]]
 
 
+def _ones(own: Mapping[str, int], bounds: Mapping[str, tuple[int, int | None]]) -> list[dict[str, int]]:
+    """Sizes with one axis of 1, which torch takes for 2 or more, for each axis but the first (see `_sizes_to_try`)."""
+    return [{**own, symbol: 1} for symbol in list(own)[1:] if bounds.get(symbol, (1, None))[0] == 1]
+
+
 def _shape(value: torch.Tensor, axes: Mapping[int, str], sizes: Mapping[str, int]) -> list[int]:
     return [sizes[axes[axis]] if axis in axes else int(size) for axis, size in enumerate(value.shape)]
 
 
-def draw_like(value: torch.Tensor, name: str, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+def draw_like(
+    value: torch.Tensor, name: str, shape: list[int], generator: torch.Generator, *, vary: bool = False
+) -> torch.Tensor:
     """A fresh tensor of ``shape`` drawn like ``value``: its dtype, its range, a mask where it is a mask.
 
     Floats are normal with the example's mean and deviation, inside its range (an example of one value says nothing:
     standard normal; one without axes, half to one and a half times itself). Integers are uniform over the example's
     range. A mask (bool, or 0 and 1 with two axes or more) keeps the example's side of padding and has at least one 1
-    in every row.
+    in every row. ``vary``: A single integer or bool may be another one, which the module need not take.
     """
     import torch
 
     if value.numel() == 0:
         return torch.zeros(shape, dtype=value.dtype)
+    if vary and value.numel() == 1 and not shape and not value.dtype.is_floating_point:
+        return _near(value, generator)
     if _is_mask(value, name):
         return _draw_mask(value, shape, generator).to(value.dtype)
     if not value.dtype.is_floating_point:
@@ -200,6 +234,19 @@ def draw_like(value: torch.Tensor, name: str, shape: list[int], generator: torch
     if known.numel() > 1 and known.min() < known.max():
         drawn = (drawn * known.std() + known.mean()).clamp(float(known.min()), float(known.max()))
     return drawn.to(value.dtype)
+
+
+def _near(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An integer near ``value`` of its sign, or either bool."""
+    import torch
+
+    if value.dtype == torch.bool:
+        return torch.rand([], generator=generator) < 0.5
+    number = int(value)
+    step = int(torch.randint(-_STEP, _STEP + 1, [], generator=generator))
+    near = number + (step or 1)
+    sign = -1 if number < 0 else 1
+    return torch.full_like(value, sign * max(sign * near, 0 if number == 0 else 1))
 
 
 def _is_mask(value: torch.Tensor, name: str) -> bool:
@@ -231,6 +278,8 @@ def run_eager(
 ) -> list[torch.Tensor]:
     """The module's outputs as a flat list of tensors. Inputs are not changed.
 
+    Classes of data that it returns are made known to torch, which takes them for one thing otherwise.
+
     Args:
         example: With the module.
         inputs: By name.
@@ -240,7 +289,12 @@ def run_eager(
     from torch.utils import _pytree as pytree
 
     with torch.no_grad():
-        returned = pytree.tree_leaves(example.module(**{key: value.clone() for key, value in inputs.items()}))
+        result = example.module(**{key: value.clone() for key, value in inputs.items()})
+    returned = pytree.tree_leaves(result)
+    while unknown := {type(leaf) for leaf in returned if is_dataclass(leaf)}:
+        for kind in unknown:
+            torch.export.register_dataclass(kind)
+        returned = pytree.tree_leaves(result)
     chosen = returned if leaves is None else [returned[leaf] for leaf in leaves if leaf < len(returned)]
     outputs = [leaf for leaf in chosen if leaves is not None or isinstance(leaf, torch.Tensor)]
     return [leaf.clone() if isinstance(leaf, torch.Tensor) else torch.tensor(leaf) for leaf in outputs]

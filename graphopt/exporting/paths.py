@@ -24,11 +24,11 @@ class Uncompared(GateFailed):
 
 def compare_paths(
     example: Example, captured: Captured, cases: list[Case], name: str
-) -> tuple[str, list[list[torch.Tensor]]]:
+) -> tuple[list[str], list[list[torch.Tensor]]]:
     """Compare ``captured.model``, which still has its Decide nodes, with the module on every side.
 
     Returns:
-        A note, and what the module returned in each run.
+        Notes, and what the module returned in each run.
 
     Raises:
         Uncompared: A side cannot be reached, or the module does not decide what it decided when it was traced.
@@ -70,7 +70,7 @@ def compare_paths(
     raising = f"{coverage.raising} where the module raises left out" if coverage.raising else ""
     details = ", ".join(part for part in (forced_sides, raising) if part)
     told = f"{note} in {len(coverage.runs)} runs{f' ({details})' if details else ''}"
-    return told, [forced.outputs for forced in coverage.runs]
+    return [told] if coverage.decisions else [], [forced.outputs for forced in coverage.runs]
 
 
 def _same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

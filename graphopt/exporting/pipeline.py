@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import BadInput, GateFailed
-from graphopt.exporting.branches.deciding import strip
-from graphopt.exporting.branches.sinking import sink
+from graphopt.errors import BadInput, GateFailed, GraphoptError
+from graphopt.exporting.branches.higher_order import NOTE, as_python
 from graphopt.exporting.branches.state import preserved
-from graphopt.exporting.capture import DEFAULT_OPSET, Captured, capture, quiet
-from graphopt.exporting.compare import Case, CaseComparison, compare, make_cases, run_eager, run_example
+from graphopt.exporting.capture import DEFAULT_OPSET, quiet
+from graphopt.exporting.compare import CaseComparison, compare, run_example
 from graphopt.exporting.factory import Example, call_factory, load_factory, require_torch
-from graphopt.exporting.scripted import NOTE, capture_scripted, is_scripted
-from graphopt.exporting.tidy import tidy
+from graphopt.exporting.making import Made, Maker
+from graphopt.exporting.scripted import is_scripted
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    import torch
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,6 @@ def export(
         GraphoptError: torch cannot export the module.
         GateFailed: The ONNX does not compute what the module does; nothing was written.
     """
-    from graphopt.files.save import stage_model
-
     require_torch()
     path = Path(out)
     if not path.parent.is_dir():
@@ -95,29 +91,8 @@ def export(
     with quiet(not verbose):
         example = call_factory(load_factory(factory) if isinstance(factory, str) else factory, name)
         with preserved(example.module):
-            expected, changes = run_example(example, name)
-            captured, made, cases, forced = _exported(example, expected, name, opset=opset, verbose=verbose)
-    notes = (
-        example.notes
-        + changes
-        + made
-        + [
-            f"{symbol!r} is {low} {'or more' if high is None else f'to {high}'}: the module does not run at other"
-            " sizes, or decides something else there, which the ONNX does not"
-            for symbol, (low, high) in captured.bounds.items()
-            if high is not None or low > 1
-        ]
-    )
-    model = captured.model
-    staged = stage_model(model, path)
-    try:
-        names = [value.name or "" for value in model.graph.outputs]
-        comparison, vacuous = compare(staged.staged_path, names, cases, forced)
-        _refuse_difference(comparison, name)
-        staged.commit()
-    except BaseException:
-        staged.discard()
-        raise
+            written = _exported(Maker(name, opset, verbose), example, path)
+    model = written.model
     return ExportResult(
         path=path,
         opset=model.opset_imports[""],
@@ -128,47 +103,71 @@ def export(
             value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None
         ),
         bytes=_bytes_on_disk(path),
-        comparison=comparison,
-        notes=notes + vacuous,
+        comparison=written.comparison,
+        notes=example.notes + written.notes,
     )
 
 
-Made = tuple["Captured", list[str], list["Case"], list[list["torch.Tensor"]]]
-"""What was captured; notes; the cases; what the module gave on paths that were forced."""
+@dataclass(frozen=True)
+class _Written:
+    """The model in the file, how it compared, and notes."""
+
+    model: ir.Model
+    comparison: list[CaseComparison]
+    notes: list[str]
 
 
-def _exported(example: Example, expected: list[torch.Tensor], name: str, *, opset: int, verbose: bool) -> Made:
-    """Capture ``example``'s module and make a file of it; where it branches on values, every side compared."""
-    from graphopt.exporting.paths import Uncompared
-
-    scripted = is_scripted(example.module)
-    captured = (capture_scripted if scripted else capture)(example, name, opset=opset, verbose=verbose)
-    if captured.traced is None:
-        notes = tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
-        notes += [NOTE] if scripted else []
-        cases, more = make_cases(example, expected, captured.bounds, name)
-        return captured, notes + more, cases, []
+def _exported(maker: Maker, example: Example, path: Path) -> _Written:
+    """Export ``example`` to ``path``; torch.cond and while_loop as Python's, or, where that has no form, as torch's."""
     try:
-        return _checked(example, captured, name)
-    except Uncompared:  # perhaps since Python numbers are tensors in the trace: once more without that
-        captured = capture(example, name, opset=opset, verbose=verbose, promote=False)
-        return _checked(example, captured, name)
+        with as_python() as used:
+            return _written(maker, example, path)
+    except GraphoptError as failure:
+        if not used.any:
+            raise
+        try:
+            written = _written(maker, example, path)
+        except GraphoptError:
+            raise failure from None
+        return replace(written, notes=[*written.notes, NOTE])
 
 
-def _checked(example: Example, captured: Captured, name: str) -> Made:
-    """If and Loop made of the markers of ``captured``, and compared on every side."""
-    from graphopt.exporting.branches.following import Bounded
-    from graphopt.exporting.paths import compare_paths
+def _written(maker: Maker, example: Example, path: Path) -> _Written:
+    """Make the model, compare it, and write it to ``path``.
 
-    assert captured.traced is not None
-    notes = tidy(captured.model, list(example.inputs), captured.outputs, example.axes)
-    sink(captured.model, captured.traced.places)
-    expected = run_eager(example, example.inputs, captured.leaves)
-    with Bounded():
-        cases, more = make_cases(example, expected, captured.bounds, name, leaves=captured.leaves)
-    note, forced = compare_paths(example, captured, cases, name)
-    strip(captured.model)
-    return captured, [*notes, *more, note], cases, forced
+    Where it is not what the module computes, and it has dynamic axes, it is made once more with axes of size 1 told
+    apart: torch.export takes every size for 2 or more.
+    """
+    expected, changes = run_example(example, maker.name)
+    try:
+        written = _compared(maker.make(example, expected), path, maker.name)
+    except GateFailed as failure:
+        if not example.axes or is_scripted(example.module):
+            raise
+        try:
+            made = maker.make_with_ones_apart(example)
+        except GraphoptError:
+            raise failure from None
+        if made is None:
+            raise
+        written = _compared(made, path, maker.name)
+    return replace(written, notes=changes + written.notes)
+
+
+def _compared(made: Made, path: Path, name: str) -> _Written:
+    """Write ``made`` to ``path``, if it computes what the module does."""
+    from graphopt.files.save import stage_model
+
+    staged = stage_model(made.model, path)
+    try:
+        names = [value.name or "" for value in made.model.graph.outputs]
+        comparison, vacuous = compare(staged.staged_path, names, made.cases, made.forced)
+        _refuse_difference(comparison, name)
+        staged.commit()
+    except BaseException:
+        staged.discard()
+        raise
+    return _Written(made.model, comparison, made.notes + vacuous)
 
 
 def _refuse_difference(comparison: list[CaseComparison], name: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from graphopt.errors import GraphoptError
+from graphopt.exporting.branches.markers import DOMAIN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +42,7 @@ def tidy(
     notes = _name_interface(model.graph, inputs, outputs)
     _name_axes(model.graph, axes)
     _drop_metadata(model)
-    model.producer_name = "graphopt"
+    model.producer_name, model.producer_version = "graphopt", None
     model.graph.name = "main_graph"
     notes += _unused_inputs(model.graph)
     return notes + kept
@@ -211,7 +212,9 @@ def _unused_inputs(graph: ir.Graph) -> list[str]:
 def _weight_arithmetic(graph: ir.Graph, weights: Set[str]) -> list[str]:
     """What the graph computes from weights alone: kept, since folding it would erase structure."""
     kept = [
-        node for node in graph.all_nodes() if node.op_type != "Constant" and _depends_on_weights_alone(node, weights)
+        node
+        for node in graph.all_nodes()
+        if node.op_type != "Constant" and node.domain != DOMAIN and _depends_on_weights_alone(node, weights)
     ]
     if all(node.op_type in _LAYOUT_ONLY for node in kept):  # a shared weight, transposed for one of its uses
         return []

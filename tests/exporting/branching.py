@@ -1037,7 +1037,7 @@ ZOO: dict[str, tuple[Callable[[], Any], Any, list[Any], int, int]] = {
     "skip_recurrent_attribute": (SkipRNNAttr, image(), [3 * bits - 1 for bits in _bits(6)], 6, 0),
     "captioner": (Captioner, image(), _end_at(8, 30, 2), 0, 1),
     "block_drop": (BlockDrop, image(), [(bits * 2 - 1) * 100 for bits in _bits(7)], 7, 0),
-    "grows": (WhileGrow, torch.tensor([[1]]), _end_at(6, 20, 2), 5, 0),
+    "grows": (WhileGrow, torch.tensor([[1]]), _end_at(6, 20, 2), 1, 1),
     "until_fixed": (WhileFixed, _start(), _tolerances(), 0, 1),
     "counted": (WhileCount, _start(), _tolerances(), 0, 1),
 }
@@ -1111,8 +1111,8 @@ SPELLINGS: dict[str, Callable[[], Any]] = {
         CounterPicksModule,
         NestedFor,
         WhileElse,
+        NonzeroLen,
+        RangeTensor,
     )
 }
-REFUSED: dict[str, Callable[[], Any]] = {
-    kind.__name__: kind for kind in (DtypeDiff, NumpyTrip, NonzeroLen, RangeTensor, ListReadInWhile)
-}
+REFUSED: dict[str, Callable[[], Any]] = {kind.__name__: kind for kind in (DtypeDiff, NumpyTrip, ListReadInWhile)}

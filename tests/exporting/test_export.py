@@ -125,6 +125,7 @@ def test_a_limit_that_the_module_has(tmp_path: Path) -> None:
         {"batch": 2, "length": 5},
         {"batch": 1, "length": 3},
         {"batch": 3, "length": 6},
+        {"batch": 2, "length": 1},
     ]
     assert any(note.startswith("'length' is 1 to 6: the module does not run at other sizes") for note in result.notes)
 
@@ -268,7 +269,7 @@ def test_an_axis_that_the_module_fixes(tmp_path: Path) -> None:
     error = failing(Fixed(), tmp_path / "m.onnx", {"x": {0: "batch"}})
     assert isinstance(error, BadInput)
     assert str(error) == (
-        f"{NAME}: the module fixes the dynamic axis 'batch' at 3"
+        f"{NAME}: the module fixes the dynamic axis 'batch' at 3, at tests/exporting/{line_of(Fixed, 'reshape')}"
         " (take 'batch' out of dynamic_axes, or remove what depends on its size from forward)"
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.exporting.branches.markers import DOMAIN
+from graphopt.exporting.branches.trips import free_trips, settle_trips
 
 TABLE = "graphopt_decisions"  # the name of the input
 TURNS = 6  # columns
@@ -33,6 +34,7 @@ def numbers_in(model: ir.Model) -> set[int]:
 
 def strip(model: ir.Model) -> None:
     """Take the Decide nodes out of ``model``, in place."""
+    settle_trips(model)
     for node in decide_nodes(model):
         condition, truth, graph = node.inputs[0], node.outputs[0], node.graph
         assert condition is not None and graph is not None
@@ -53,6 +55,7 @@ def force(model: ir.Model, count: int) -> None:
 
     No Loop turns more than `MOST_TURNS` times: one that decides otherwise than the module does might not end.
     """
+    free_trips(model)
     _bound_loops(model)
     table = ir.Value(name=TABLE, type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape([count, TURNS]))
     model.graph.inputs.append(table)

@@ -45,12 +45,14 @@ class Course:
         decisions: Address → decision.
         transparent: Addresses of regions whose decisions belong to the region around them.
         staged: Addresses of loops that became one Loop.
+        peeled: Those of them whose first turn stands before the Loop.
     """
 
     decisions: dict[Address, Decision] = field(default_factory=dict)
     transparent: set[Address] = field(default_factory=set)
     joined: set[Address] = field(default_factory=set)
     staged: set[Address] = field(default_factory=set)
+    peeled: set[Address] = field(default_factory=set)
     numbered: list[Decision] = field(default_factory=list)
 
     def new_number(self) -> int:

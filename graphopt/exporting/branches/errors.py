@@ -34,12 +34,17 @@ class Unstageable(BaseException):
 
     Attributes:
         loop: The loop's key, where it is not the innermost one that is being traced.
+        hint: What to write instead.
+        first_differs: The first turn makes what the others begin with of something else (None): they may be a Loop.
     """
 
-    def __init__(self, what: str, place: Place, loop: Any = None) -> None:
+    first_differs = False
+
+    def __init__(self, what: str, place: Place, loop: Any = None, hint: str | None = None) -> None:
         self.what = what
         self.place = place
         self.loop = loop
+        self.hint = hint
         super().__init__(what)
 
 

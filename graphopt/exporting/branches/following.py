@@ -78,7 +78,10 @@ class Follower(Questions):
 
     def follow(self, run: Callable[[], Any], arguments: Any) -> Any:
         """What ``run``, the module's forward, returns."""
-        with self, calls_through(self), self.stack.entered(Run(("top",), ())):
+        from torch._export.non_strict_utils import _override_builtin_ops
+
+        # torch.export has `max` and `min` of its own, which ask no tensor for its truth: so that both runs ask alike.
+        with self, calls_through(self), _override_builtin_ops(), self.stack.entered(Run(("top",), ())):
             return run()
 
     # Decisions.
@@ -99,6 +102,8 @@ class Follower(Questions):
         before = len(self.followed.answers)
         chosen = super().value(tensor)
         self.followed.answers[before:] = [chosen]
+        if numbers.is_number(tensor):  # the user's own code asks for it before it computes with it
+            self.followed.faithful = False
         return chosen
 
     def _logged(self, asked: Any, natural: bool, *, of_value: bool = False) -> bool:
@@ -157,10 +162,12 @@ class Follower(Questions):
             return
         goes_on = self._loop_truth(address, "first", test)
         turn = 0
+        if address in self.course.peeled:
+            if self.region(body, (address, "peeled body")):
+                return
+            goes_on = self._loop_truth(address, "peeled again", test)
         while goes_on:
-            self.turned += 1
-            if self.turned > self.most:
-                raise Endless
+            self._count_turn()
             with self._turn(turn):
                 if self.region(body, (address, "body")):
                     return
@@ -173,16 +180,38 @@ class Follower(Questions):
         over: Callable[[], tuple[Any, ...]],
         target: Callable[[Any], Any],
         body: Callable[[], Any],
+        breaks: bool,
     ) -> None:
         address = self.stack.next_child()
         if address not in self.course.staged:
             self.statement(whole)
             return
-        for turn, value in enumerate(range(*over())):
+        values = range(*map(_natural_int, self.region(over, (address, "range"))))
+        turn, before, goes_on = 0, 0, self._reaches(address, "first", bool(values))
+        if address in self.course.peeled:
+            target(values.start)
+            if self.region(body, (address, "peeled body")):
+                return
+            before, goes_on = 1, self._reaches(address, "peeled again", len(values) > 1)
+        while goes_on:
+            if (address, "first", "condition") in self.course.decisions:
+                self._count_turn()
             with self._turn(turn):
-                target(value)
+                target(values.start + (turn + before) * values.step)
                 if self.region(body, (address, "body")):
                     return
+                goes_on = self._reaches(address, "again", len(values) > turn + before + 1)
+            turn += 1
+
+    def _reaches(self, address: Address, name: str, natural: bool) -> bool:
+        """Whether a ``for`` goes on: as its range says, or, where that is of tensors, as is forced."""
+        at = (address, name, "condition")
+        return self._decided(None, natural, at) if at in self.course.decisions else natural
+
+    def _count_turn(self) -> None:
+        self.turned += 1
+        if self.turned > self.most:
+            raise Endless
 
     @contextmanager
     def _turn(self, turn: int) -> Iterator[None]:
@@ -198,6 +227,14 @@ class Follower(Questions):
         if at not in self.course.decisions:  # of a `while True`
             return natural_truth(asked) if is_tensor(asked) else bool(asked)
         return self._decided(asked, natural_truth(asked) if is_tensor(asked) else bool(asked), at)
+
+
+def _natural_int(value: Any) -> int:
+    """What Python makes of a bound of a range when no mode is asked."""
+    import torch
+
+    with torch._C.DisableTorchFunction():
+        return int(value)
 
 
 def natural_truth(tensor: Any) -> bool:

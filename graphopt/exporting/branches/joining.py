@@ -7,6 +7,7 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
+from graphopt.exporting.branches import sizes
 from graphopt.exporting.branches.errors import Unjoinable
 from graphopt.exporting.branches.markers import operators
 from graphopt.exporting.branches.numbers import as_number, is_number, is_plain, is_turn, mark
@@ -65,6 +66,8 @@ class _Join:
     def _of_different(self, one: Any, other: Any, path: str) -> Any:
         import torch
 
+        if sizes.is_size(one) and sizes.is_size(other) and sizes.same_size(one, other):
+            return one
         if isinstance(one, bool) and isinstance(other, bool) and one != other:
             truth = self.condition if one else torch.logical_not(self.condition)
             return mark(derived(truth))
@@ -115,7 +118,7 @@ class _Join:
 def _is_value(value: Any) -> bool:
     import torch
 
-    return isinstance(value, torch.Tensor) or is_plain(value)
+    return isinstance(value, torch.Tensor) or is_plain(value) or sizes.is_size(value)
 
 
 def _is_plain_object(value: Any) -> bool:

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from types import CellType
 from typing import TYPE_CHECKING, Any
 
-from graphopt.exporting.branches import numbers
+from graphopt.exporting.branches import numbers, sizes
 from graphopt.exporting.branches.errors import Unstageable
 from graphopt.exporting.branches.joining import derived, is_derived
-from graphopt.exporting.branches.loop_lists import GrowingList, StackedList
-from graphopt.exporting.branches.markers import differing_axes, operators
+from graphopt.exporting.branches.loop_lists import GrowingList, after_loop
+from graphopt.exporting.branches.markers import FIXED, differing_axes, operators
 from graphopt.exporting.branches.questions import is_tensor
 from graphopt.exporting.branches.state import UNSET, Reached, contents, reach, same_contents, write
 
 if TYPE_CHECKING:
+    from graphopt.exporting.branches.counting import Counted
     from graphopt.exporting.branches.staging import StagedLoop
 
 
@@ -29,7 +30,8 @@ class Slot:
         key: Which of its values.
         spec: The structure of the value.
         initial: Its leaves as the loop begins: a tensor, or what is the same in each turn.
-        dynamic: For each leaf that is carried, the axes whose size changes; None for the others.
+        leasts: For each leaf that is carried, and each of its axes: the least size, where turns change it, or `FIXED`.
+            None for the other leaves.
         begins: Leaves as a turn begins.
     """
 
@@ -37,7 +39,7 @@ class Slot:
     key: Any
     spec: Any
     initial: list[Any]
-    dynamic: list[list[bool] | None]
+    leasts: list[list[int] | None]
     begins: list[Any] = field(default_factory=list)
 
 
@@ -68,7 +70,7 @@ class LoopState:
 
     def note_changes(self) -> bool:
         """Note what the turn just traced changed and no marker stands for yet; whether there was anything."""
-        new = [*self._new_tensors(), *self._new_slots(), *self._new_leaves()]
+        new = [*self._new_tensors(), *self._new_slots(), *self._new_leaves(), *self._new_sizes()]
         return bool(new)
 
     def _new_leaves(self) -> Iterable[Slot]:
@@ -77,12 +79,28 @@ class LoopState:
 
         for slot in self.slots:
             now, spec = pytree.tree_flatten(_get(slot.box, slot.key))
-            for index, axes in enumerate(slot.dynamic):
-                if axes is not None or spec != slot.spec or not slot.begins or now[index] is slot.begins[index]:
+            for index, leasts in enumerate(slot.leasts):
+                if leasts is not None or spec != slot.spec or not slot.begins or now[index] is slot.begins[index]:
                     continue
                 if _is_carried(now[index]) and _is_carried(slot.initial[index]):
                     slot.initial[index] = _as_tensor(slot.initial[index])
-                    slot.dynamic[index] = differing_axes(slot.initial[index], _as_tensor(now[index]))
+                    slot.leasts[index] = least_sizes(slot.initial[index], _as_tensor(now[index]))
+                    yield slot
+
+    def _new_sizes(self) -> Iterable[Slot]:
+        """Slots of which an axis changes its size otherwise than was taken for granted when the turn was traced."""
+        from torch.utils import _pytree as pytree
+
+        for slot in self.slots:
+            now, spec = pytree.tree_flatten(_get(slot.box, slot.key))
+            if spec != slot.spec or not slot.begins:
+                continue
+            for index, (begin, leaf, leasts) in enumerate(zip(slot.begins, now, slot.leasts, strict=True)):
+                if leasts is None or not _is_carried(leaf) or _as_tensor(leaf).dim() != len(leasts):
+                    continue
+                wider = widened(leasts, begin, _as_tensor(leaf))
+                if wider != leasts:
+                    slot.leasts[index] = wider
                     yield slot
 
     def _new_tensors(self) -> Iterable[int]:
@@ -109,7 +127,11 @@ class LoopState:
                 known = any(slot.box is box and slot.key == key for slot in self.slots)
                 grown = any(held[key] is growing for growing in self.lists)
                 if held[key] is not now[key] and not known and not grown:
-                    slot = self._slot(box, key, held[key], now[key])
+                    try:
+                        slot = self._slot(box, key, held[key], now[key])
+                    except Unstageable as reason:
+                        reason.first_differs = True
+                        raise
                     if slot is not None:
                         self.slots.append(slot)
                         yield slot
@@ -128,13 +150,13 @@ class LoopState:
         if before is UNSET:
             if not all(_is_carried(leaf) for leaf in new):
                 return None  # a variable of the body alone
-            initial = [_nothing_like(leaf, self.place) for leaf in new]
+            initial = [_nothing_like(leaf) for leaf in new]
         else:
             initial, initial_spec = pytree.tree_flatten(before)
             if initial_spec != spec:
                 raise Unstageable(f"{self._named(box, key)} changes its structure from turn to turn", self.place)
         leaves: list[Any] = []
-        dynamic: list[list[bool] | None] = []
+        leasts: list[list[int] | None] = []
         for old, leaf in zip(initial, new, strict=True):
             if _is_carried(old) and _is_carried(leaf) and (before is UNSET or old is not leaf):
                 old_tensor, new_tensor = _as_tensor(old), _as_tensor(leaf)
@@ -143,13 +165,13 @@ class LoopState:
                 if isinstance(old, bool) and (isinstance(leaf, bool) or is_derived(leaf)):
                     derived(old_tensor)  # a flag
                 leaves.append(old_tensor)
-                dynamic.append(differing_axes(old_tensor, new_tensor))
+                leasts.append(least_sizes(old_tensor, new_tensor))
             elif old is leaf or (not is_tensor(old) and not is_tensor(leaf) and old == leaf):
                 leaves.append(old)
-                dynamic.append(None)
+                leasts.append(None)
             else:
                 raise Unstageable(f"{self._named(box, key)} is no tensor and changes", self.place)
-        return Slot(box, key, spec, leaves, dynamic)
+        return Slot(box, key, spec, leaves, leasts)
 
     def _changes_kind(self, box: Any, key: Any, before: Any, after: Any) -> Unstageable:
         name = self._named(box, key)
@@ -168,17 +190,17 @@ class LoopState:
         indices = itertools.count()
         for slot in self.slots:
             slot.begins = []
-            for leaf, dynamic in zip(slot.initial, slot.dynamic, strict=True):
-                if dynamic is None:
+            for leaf, leasts in zip(slot.initial, slot.leasts, strict=True):
+                if leasts is None:
                     slot.begins.append(leaf)
                     continue
-                begin = operators().loop_begin(leaf, number, next(indices), dynamic)
+                begin = operators().loop_begin(leaf, number, next(indices), leasts)
                 slot.begins.append(_marked_like(begin, leaf))
             _put(slot.box, slot.key, pytree.tree_unflatten(slot.begins, slot.spec))
         self.in_place = []
         for index in self.changed:
             tensor = self.before.tensors[index]
-            begin = operators().loop_begin(self.originals[index], number, next(indices), [False] * tensor.dim())
+            begin = operators().loop_begin(self.originals[index], number, next(indices), [FIXED] * tensor.dim())
             tensor.copy_(begin)
             self.in_place.append(begin)
         self.growing = []
@@ -192,24 +214,25 @@ class LoopState:
             if isinstance(box, CellType) and held[0] is old:
                 box.cell_contents = new
 
-    def end(self, first: Any, again: Any, number: int, trips: int) -> None:
+    def end(self, first: Any, again: Any, number: int, counted: Counted | None) -> None:
         """Tie the markers together as one loop, and put its results in their places."""
         from torch.utils import _pytree as pytree
 
-        initials, news, begins = self._carried()
+        initials, news, begins, leasts = self._carried()
         each = [_as_tensor(value) for growing in self.growing for value in growing.appended()]
-        dynamic = [differing_axes(begin, new) for begin, new in zip(begins, news, strict=True)]
-        state = operators().loop_state(first, again, initials, news, begins, each, number, trips)
+        trips = counted.known if counted is not None and counted.known is not None else -1
+        count = counted.count if counted is not None and counted.of_values else None
+        state = operators().loop_state(first, again, count, initials, news, begins, each, number, trips)
         results = iter(
-            operators().loop_result(state, begin, index, False, axes)
-            for index, (begin, axes) in enumerate(zip(begins, dynamic, strict=True))
+            operators().loop_result(state, begin, index, False, least)
+            for index, (begin, least) in enumerate(zip(begins, leasts, strict=True))
         )
         kept = [growing.appended() for growing in self.growing]
         self.restore()
         for slot in self.slots:
             leaves = [
-                leaf if axes is None else _marked_like(next(results), leaf, turn=False)
-                for leaf, axes in zip(slot.initial, slot.dynamic, strict=True)
+                leaf if least is None else _marked_like(next(results), leaf, turn=False)
+                for leaf, least in zip(slot.initial, slot.leasts, strict=True)
             ]
             _put(slot.box, slot.key, pytree.tree_unflatten(leaves, slot.spec))
         for index in self.changed:
@@ -217,98 +240,79 @@ class LoopState:
         index = len(news)
         for grows, appended in zip(self.lists, kept, strict=True):
             parts = [
-                operators().loop_result(state, _as_tensor(v), index + i, True, [False] * _as_tensor(v).dim())
+                operators().loop_result(state, _as_tensor(v), index + i, True, [FIXED] * _as_tensor(v).dim())
                 for i, v in enumerate(appended)
             ]
             index += len(parts)
-            some = True if self._held_before(grows) else derived(first)
-            self._replace(grows, StackedList(self._stacked(grows, parts), some, self.loop.key))
+            held = self._held_before(grows)
+            self._replace(grows, after_loop(grows, held, parts, first, self.loop.key, self.place))
 
-    def _carried(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Of all carried leaves: as the loop begins, as the turn ends, as the turn begins."""
+    def _carried(self) -> tuple[list[Any], list[Any], list[Any], list[list[int]]]:
+        """Of all carried leaves: as the loop begins, as the turn ends, as the turn begins, and the least sizes."""
         from torch.utils import _pytree as pytree
 
-        initials, news, begins = [], [], []
+        initials, news, begins, bounds = [], [], [], []
         for slot in self.slots:
             now, spec = pytree.tree_flatten(_get(slot.box, slot.key))
             if spec != slot.spec:
                 raise Unstageable(
                     f"{self._named(slot.box, slot.key)} changes its structure from turn to turn", self.place
                 )
-            for begin, initial, new, axes in zip(slot.begins, slot.initial, now, slot.dynamic, strict=True):
-                if axes is None:
+            for begin, initial, new, leasts in zip(slot.begins, slot.initial, now, slot.leasts, strict=True):
+                if leasts is None:
                     if new is not initial and not (not is_tensor(new) and new == initial):
                         raise Unstageable(f"{self._named(slot.box, slot.key)} is no tensor and changes", self.place)
                     continue
                 value = _as_tensor(new)
                 if value.dtype != begin.dtype or value.dim() != begin.dim():
                     raise self._changes_kind(slot.box, slot.key, begin, value)
-                wider = [
-                    i
-                    for i, (d, was) in enumerate(zip(differing_axes(begin, value), axes, strict=True))
-                    if d and not was
-                ]
-                if wider:
-                    raise Unstageable(
-                        f"{self._named(slot.box, slot.key)} changes its size in several steps", self.place
-                    )
                 initials.append(initial)
                 news.append(value)
                 begins.append(begin)
+                bounds.append(leasts)
         for index, begin in zip(self.changed, self.in_place, strict=True):
             initials.append(self.originals[index])
             news.append(self.before.tensors[index].clone())
             begins.append(begin)
-        return initials, news, begins
+            bounds.append([FIXED] * begin.dim())
+        return initials, news, begins, bounds
 
     def _held_before(self, grows: list[Any]) -> Any:
         return next(held for box, held in self.before.boxes if box is grows)
 
-    def _stacked(self, grows: list[Any], parts: list[Any]) -> Any:
-        """What the list holds after the loop, in order: what it held before, then turn by turn."""
-        import torch
 
-        first = parts[0]
-        if any(part.dtype != first.dtype or differing(part, first) for part in parts):
-            raise Unstageable("a list grows in it by tensors of different shapes", self.place)
-        stacked = first if len(parts) == 1 else torch.stack(parts, 1).flatten(0, 1)
-        known = [_as_tensor(value) for value in self._held_before(grows)]
-        if not known:
-            return stacked
-        if any(value.dtype != first.dtype or differing(value[None], first) for value in known):
-            raise Unstageable("a list grows in it by tensors of different shapes", self.place)
-        return torch.cat([torch.stack(known), stacked])
+def least_sizes(before: Any, after: Any) -> list[int]:
+    """For each axis the least of the sizes of two tensors, or `FIXED` where both have one size."""
+    axes = zip(before.shape, after.shape, differing_axes(before, after), strict=True)
+    return [min(sizes.least(a), sizes.least(b)) if differ else FIXED for a, b, differ in axes]
 
 
-def differing(one: Any, other: Any) -> bool:
-    """Whether two tensors differ in rank, or in an axis after the first."""
-    return one.dim() != other.dim() or any(differing_axes(one, other)[1:])
+def widened(leasts: list[int], begin: Any, end: Any) -> list[int]:
+    """``leasts``, with which ``begin`` was made, so that they hold for ``end`` too, which the next turn begins with."""
+    axes = zip(leasts, begin.shape, end.shape, differing_axes(begin, end), strict=True)
+    return [
+        min(sizes.least(was), sizes.least(size)) if differ and known == FIXED else min(known, sizes.least(size))
+        for known, was, size, differ in axes
+    ]
 
 
 def _is_carried(value: Any) -> bool:
-    return is_tensor(value) or numbers.is_plain(value)
+    return is_tensor(value) or numbers.is_plain(value) or sizes.is_size(value)
 
 
 def _as_tensor(value: Any) -> Any:
     return value if is_tensor(value) else numbers.as_number(value)
 
 
-def _nothing_like(value: Any, place: Any) -> Any:
+def _nothing_like(value: Any) -> Any:
     """What a variable holds before its first turn: anything, since Python would raise."""
     import torch
 
-    if numbers.is_plain(value):
-        return type(value)(0)
-    if not all(isinstance(size, int) or not _is_unbacked(size) for size in value.shape):
-        raise Unstageable("a variable that it sets has a size that depends on the data", place)
-    nothing = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    if numbers.is_plain(value) or sizes.is_size(value):
+        return type(value)(0) if numbers.is_plain(value) else 0
+    shape = [0 if sizes.is_unknown(size) else size for size in value.shape]
+    nothing = torch.zeros(shape, dtype=value.dtype, device=value.device)
     return numbers.mark(nothing) if numbers.is_number(value) else nothing
-
-
-def _is_unbacked(size: Any) -> bool:
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    return bool(free_unbacked_symbols(size))
 
 
 def _marked_like(value: Any, like: Any, *, turn: bool | None = None) -> Any:

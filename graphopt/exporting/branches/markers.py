@@ -5,13 +5,14 @@ All markers are pure, in the domain ``graphopt.flow``, and gone once `sinking` h
 * ``decide(condition, turn, number)``: the truth of decision ``number``, a scalar bool. ``turn``: of the innermost loop
   that decides it in each turn, if any.
 * ``select(condition, one, other, join)``: ``one`` where the condition is true. Same dtype and rank.
-* ``loop_begin(initial, loop, index, dynamic)``: the value of carried variable ``index`` as a turn of the loop begins;
-  the axes flagged dynamic change their size from turn to turn. (Without the index, two variables that begin as one
-  tensor would be taken for one.)
+* ``loop_begin(initial, loop, index, least)``: the value of carried variable ``index`` as a turn of the loop begins. An
+  axis that changes its size from turn to turn has the least size that it can have in ``least``, any other `FIXED`.
+  (Without the index, two variables that begin as one tensor would be taken for one.)
 * ``loop_turn(first, loop)``: the number of turns that came before, from 0.
-* ``loop_state(first, again, initials, news, begins, each, loop, trips)``: the loop as a whole. ``first`` and
-  ``again`` say whether the first and the next turn run; ``each`` is stacked, turn by turn.
-* ``loop_result(state, like, index, stacked, dynamic)``: result ``index`` of the loop, carried ones first.
+* ``loop_state(first, again, count, initials, news, begins, each, loop, trips)``: the loop as a whole. ``first`` and
+  ``again`` say whether the first and the next turn run; ``each`` is stacked, turn by turn. It runs at most ``count``
+  (a tensor) or ``trips`` times, if these are given; ``first`` and ``again`` say so too.
+* ``loop_result(state, like, index, stacked, least)``: result ``index`` of the loop, carried ones first.
 
 The pieces of a loop are tied by its number and by ``loop_state``, which consumes them all, so that nothing that
 the body needs is removed as dead between tracing and sinking.
@@ -23,17 +24,20 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from graphopt.exporting.branches.sizes import least, remember_least, same_size
+
 DOMAIN = "graphopt.flow"
+FIXED = -1  # in place of a least size: the axis has one size in all turns
 _NAMESPACE = "graphopt_flow"
 
 _OPERATORS = {
     "decide": "(Tensor condition, Tensor? turn, int number) -> Tensor",
     "select": "(Tensor condition, Tensor one, Tensor other, int join) -> Tensor",
-    "loop_begin": "(Tensor initial, int loop, int index, bool[] dynamic) -> Tensor",
+    "loop_begin": "(Tensor initial, int loop, int index, int[] least) -> Tensor",
     "loop_turn": "(Tensor first, int loop) -> Tensor",
-    "loop_state": "(Tensor first, Tensor again, Tensor[] initials, Tensor[] news, Tensor[] begins, Tensor[] each,"
-    " int loop, int trips) -> Tensor",
-    "loop_result": "(Tensor state, Tensor like, int index, bool stacked, bool[] dynamic) -> Tensor",
+    "loop_state": "(Tensor first, Tensor again, Tensor? count, Tensor[] initials, Tensor[] news, Tensor[] begins,"
+    " Tensor[] each, int loop, int trips) -> Tensor",
+    "loop_result": "(Tensor state, Tensor like, int index, bool stacked, int[] least) -> Tensor",
 }
 _TYPES = "float double float16 bfloat16 bool int8 int16 int32 int64 uint8 uint16 uint32 uint64"
 
@@ -41,12 +45,7 @@ _TYPES = "float double float16 bfloat16 bool int8 int16 int32 int64 uint8 uint16
 def differing_axes(one: Any, other: Any) -> list[bool]:
     """For each axis of two tensors of one rank: whether their sizes are not known to be the same."""
 
-    def same(size: Any, with_size: Any) -> bool:
-        if isinstance(size, int) and isinstance(with_size, int):
-            return size == with_size
-        return size is with_size or str(size) == str(with_size)
-
-    return [not same(a, b) for a, b in zip(one.shape, other.shape, strict=True)]
+    return [not same_size(a, b) for a, b in zip(one.shape, other.shape, strict=True)]
 
 
 @cache
@@ -59,23 +58,30 @@ def operators() -> Any:
         # As if random: else torch, where all arguments are constants (`torch.tensor(0)`), wants to know the result.
         library.define(name + signature, tags=(torch.Tag.nondeterministic_seeded,))
 
-    def like(value: Any, dynamic: Sequence[bool], *leading: Any) -> Any:
+    def new(bound: int) -> Any:
+        size = torch.library.get_ctx().new_dynamic_size(min=bound)
+        remember_least(size, bound)
+        return size
+
+    def like(value: Any, leasts: Sequence[int], *leading: Any) -> Any:
         # Not `empty_like`: a fake tensor that holds a known constant would give a "known" value of garbage.
-        context = torch.library.get_ctx() if any(dynamic) else None
-        flags = list(dynamic) or [False] * value.dim()
-        shape = [context.new_dynamic_size() if d and context else s for s, d in zip(value.shape, flags, strict=True)]
+        shape = [size if bound == FIXED else new(bound) for size, bound in zip(value.shape, leasts, strict=True)]
         return torch.empty([*leading, *shape], dtype=value.dtype, device=value.device)
+
+    def either(one: Any, other: Any) -> Any:
+        differ = zip(one.shape, other.shape, differing_axes(one, other), strict=True)
+        return like(one, [min(least(a), least(b)) if d else FIXED for a, b, d in differ])
 
     def scalar(dtype: Any) -> Callable[..., Any]:
         return lambda value, *_: torch.empty((), dtype=dtype, device=value.device)
 
-    def result(state: Any, value: Any, index: int, stacked: bool, dynamic: Sequence[bool]) -> Any:
-        return like(value, dynamic, *([torch.library.get_ctx().new_dynamic_size()] if stacked else []))
+    def result(state: Any, value: Any, index: int, stacked: bool, leasts: Sequence[int]) -> Any:
+        return like(value, leasts, *([torch.library.get_ctx().new_dynamic_size()] if stacked else []))
 
     fakes: dict[str, Callable[..., Any]] = {
         "decide": scalar(torch.bool),
-        "select": lambda condition, one, other, join: like(one, differing_axes(one, other)),
-        "loop_begin": lambda initial, loop, index, dynamic: like(initial, dynamic),
+        "select": lambda condition, one, other, join: either(one, other),
+        "loop_begin": lambda initial, loop, index, leasts: like(initial, leasts),
         "loop_turn": scalar(torch.int64),
         "loop_state": scalar(torch.bool),
         "loop_result": result,
@@ -101,7 +107,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def select(condition: Any, one: Any, other: Any, join: int) -> Any:
         return flow.Select(condition, one, other, number=join)
 
-    def loop_begin(initial: Any, loop: int, index: int, dynamic: Sequence[bool] = ()) -> Any:
+    def loop_begin(initial: Any, loop: int, index: int, least: Sequence[int] = ()) -> Any:
         return flow.LoopBegin(initial, number=loop, index=index)
 
     def loop_turn(first: Any, loop: int) -> Any:
@@ -110,6 +116,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def loop_state(
         first: Any,
         again: Any,
+        count: Any,
         initials: Sequence[Any] = (),
         news: Sequence[Any] = (),
         begins: Sequence[Any] = (),
@@ -117,11 +124,22 @@ def translations() -> dict[Any, Callable[..., Any]]:
         loop: int = 0,
         trips: int = -1,
     ) -> Any:
+        counts = [] if count is None else [count]
         return flow.LoopState(
-            first, again, *initials, *news, *begins, *each, number=loop, trips=trips, carried=len(news)
+            first,
+            again,
+            *initials,
+            *news,
+            *begins,
+            *each,
+            *counts,
+            number=loop,
+            trips=trips,
+            carried=len(news),
+            counted=len(counts),
         )
 
-    def loop_result(state: Any, like: Any, index: int, stacked: bool = False, dynamic: Sequence[bool] = ()) -> Any:
+    def loop_result(state: Any, like: Any, index: int, stacked: bool = False, least: Sequence[int] = ()) -> Any:
         return flow.LoopResult(state, like, number=index)
 
     space = operators()
@@ -160,7 +178,7 @@ def _register_schemas() -> None:
         "LoopState": (
             [parameter("values", free, param_option=variadic, is_homogeneous=False)],
             truth,
-            ["number", "trips", "carried"],
+            ["number", "trips", "carried", "counted"],
         ),
         "LoopResult": ([parameter("state", truth), parameter("like", same)], same, ["number"]),
     }

@@ -10,6 +10,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from graphopt.exporting.branches import sizes
+
 PLAIN = (bool, int, float)
 _MARK = "_graphopt_number"
 _POSITION = "_graphopt_position"
@@ -41,6 +43,8 @@ def as_number(value: Any, device: Any = None) -> Any:
 
     if isinstance(value, torch.Tensor):
         return mark(value)
+    if sizes.is_size(value):
+        return mark(sizes.as_tensor(value))
     # Not `torch.tensor`: under torch.export that is a real tensor, of which the markers have no kernel.
     kinds = {bool: torch.bool, int: torch.int64, float: torch.get_default_dtype()}
     return mark(torch.full((), value, dtype=kinds[type(value)], device=device))

@@ -23,19 +23,19 @@ import inspect
 import itertools
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from graphopt.exporting.branches.places import OUTLINED
+from graphopt.exporting.branches.matching import Matches
+from graphopt.exporting.branches.places import HOOKS, OUTLINED
+from graphopt.exporting.branches.returning import without_returns
+from graphopt.exporting.branches.source import LOOPS, SCOPES, at, has, is_over_range
 
-HOOKS = "__graphopt__"
-RETURNED = "graphopt_returned_"  # how the variables begin that stand for a return inside a loop
 BROKE, WENT_ON = True, False  # what the function made of a loop's body returns
 
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
-_LOOPS = (ast.For, ast.While)
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)
 _DECIDING = (ast.Call, ast.IfExp, ast.BoolOp, ast.Compare)
+_CASTS = ("int", "float", "bool", "len")
 _SUSPENDING = (ast.Yield, ast.YieldFrom, ast.Await)
 _FLAGS = sum(getattr(future, name).compiler_flag for name in future.all_feature_names)
 
@@ -45,7 +45,8 @@ def outlined(function: types.FunctionType) -> types.CodeType | None:
     definition = _definition(function)
     if definition is None or not _worth_it(definition):
         return None
-    definition.body = _without_returns(_Annotations().visit(definition).body)
+    definition = _Annotations().visit(definition)
+    definition.body = without_returns(Matches().block(definition.body))
     variables = sorted(assigned(definition.body))
     definition = _Expressions().visit(definition)
     definition.decorator_list = []
@@ -82,7 +83,7 @@ def _is_mangled(node: ast.AST) -> bool:
 
 def _declaration(variables: Sequence[str], near: ast.AST) -> ast.stmt:
     """``if 0: a = b = None``: makes the variables the function's own, so that ``nonlocal`` finds them."""
-    return _at(near, f"if 0:\n    {' = '.join(variables)} = None")[0]
+    return at(near, f"if 0:\n    {' = '.join(variables)} = None")[0]
 
 
 def _compiled(definition: ast.FunctionDef, function: types.FunctionType) -> types.CodeType | None:
@@ -105,27 +106,16 @@ def _constant(code: types.CodeType, name: str) -> types.CodeType | None:
     return next((c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name), None)
 
 
-def _at(near: ast.AST, source: str) -> list[ast.stmt]:
-    """The statements of ``source``, all on the line of ``near``."""
-    statements = ast.parse(source).body
-    for statement in statements:
-        for node in ast.walk(statement):
-            ast.copy_location(node, near)
-            if hasattr(node, "end_lineno"):  # a call of many lines is counted to the last by Python
-                node.end_lineno, node.end_col_offset = node.lineno, node.col_offset  # type: ignore[attr-defined]
-    return statements
-
-
 def _hook(near: ast.AST, name: str, functions: Sequence[str]) -> ast.stmt:
-    return _at(near, f"{HOOKS}.{name}({', '.join(functions)})")[0]
+    return at(near, f"{HOOKS}.{name}({', '.join(functions)})")[0]
 
 
 def _nested(near: ast.AST, name: str, variables: Iterable[str], body: list[ast.stmt], argument: str = "") -> ast.stmt:
     """``def name(argument): nonlocal variables; body``."""
-    definition = _at(near, f"def {name}({argument}):\n    pass")[0]
+    definition = at(near, f"def {name}({argument}):\n    pass")[0]
     assert isinstance(definition, ast.FunctionDef)
     names = sorted(variables)
-    definition.body = (_at(near, f"def f():\n    nonlocal {', '.join(names)}")[0].body if names else []) + body  # type: ignore[attr-defined]
+    definition.body = (at(near, f"def f():\n    nonlocal {', '.join(names)}")[0].body if names else []) + body  # type: ignore[attr-defined]
     return definition
 
 
@@ -190,19 +180,12 @@ def leaves_its_block(node: ast.AST, depth: int = 0) -> bool:
         return depth == 0
     if isinstance(node, ast.Name) and node.id in ("super", "locals", "__class__"):
         return True
-    if isinstance(node, _SCOPES):
+    if isinstance(node, SCOPES):
         return False
     return any(
-        leaves_its_block(child, depth + (isinstance(node, _LOOPS) and child in node.body))
+        leaves_its_block(child, depth + (isinstance(node, LOOPS) and child in node.body))
         for child in ast.iter_child_nodes(node)
     )
-
-
-def _has(node: ast.AST, kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> bool:
-    """Whether the body of a loop that ``node`` stands in holds a statement of ``kind`` of its own."""
-    if isinstance(node, kind):
-        return True
-    return not isinstance(node, (*_LOOPS, *_SCOPES)) and any(_has(child, kind) for child in ast.iter_child_nodes(node))
 
 
 class _Annotations(ast.NodeTransformer):
@@ -236,50 +219,6 @@ class _BodyReturns(ast.NodeTransformer):
 
 def _returning(near: ast.AST, value: bool) -> ast.stmt:
     return ast.copy_location(ast.Return(ast.copy_location(ast.Constant(value), near)), near)
-
-
-def _without_returns(body: list[ast.stmt], count: Iterator[int] | None = None) -> list[ast.stmt]:
-    """``return value`` in a ``while`` as a flag, a ``break`` and a return after the loop, which can be a Loop then."""
-    count = itertools.count() if count is None else count
-    done: list[ast.stmt] = []
-    for statement in body:
-        if isinstance(statement, _SCOPES):
-            done.append(statement)
-            continue
-        for field in ("body", "orelse", "finalbody"):
-            if getattr(statement, field, None):
-                setattr(statement, field, _without_returns(getattr(statement, field), count))
-        if (
-            not isinstance(statement, ast.While)
-            or statement.orelse
-            or not any(_has(s, ast.Return) for s in statement.body)
-        ):
-            done.append(statement)
-            continue
-        flag, value = (f"{RETURNED}{kind}_{next(count)}" for kind in ("flag", "value"))
-        statement.body = [_Leaves(flag, value).visit(part) for part in statement.body]
-        statement.body = [part for parts in statement.body for part in (parts if isinstance(parts, list) else [parts])]
-        done += [*_at(statement, f"{flag} = False"), statement]
-        done += _at(statement, f"def f():\n    if {flag}:\n        return {value}")[0].body  # type: ignore[attr-defined]
-    return done
-
-
-class _Leaves(ast.NodeTransformer):
-    """``return value`` of one loop's body as three statements: value kept, flag raised, break."""
-
-    def __init__(self, flag: str, value: str) -> None:
-        self.flag, self.value = flag, value
-
-    def visit_Return(self, node: ast.Return) -> Any:
-        kept, raised, left = _at(node, f"{self.value} = None\n{self.flag} = True\nwhile 1: break")
-        assert isinstance(kept, ast.Assign) and isinstance(left, ast.While)
-        kept.value = node.value or kept.value
-        return [kept, raised, left.body[0]]
-
-    def _leave(self, node: Any) -> Any:
-        return node
-
-    visit_For = visit_While = visit_FunctionDef = visit_Lambda = visit_ClassDef = _leave
 
 
 def _body_function(loop: ast.For | ast.While, name: str, variables: Iterable[str]) -> ast.stmt:
@@ -351,6 +290,13 @@ class _Expressions(ast.NodeTransformer):
         self.generic_visit(node)
         return self._as_region(node) if len(node.ops) > 1 else node
 
+    def visit_Return(self, node: ast.Return) -> Any:
+        self.generic_visit(node)
+        if isinstance(node.value, (ast.Name, ast.Tuple)):
+            call = _expression(node, f"{HOOKS}.returned(0)")
+            call.args[0], node.value = node.value, call
+        return node
+
     def visit_Match(self, node: ast.Match) -> Any:
         self.generic_visit(node)
         subject = _expression(node.subject, f"{HOOKS}.plain(0)")
@@ -360,14 +306,14 @@ class _Expressions(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> Any:
         self.generic_visit(node)
-        if isinstance(node.func, ast.Name) and node.func.id in ("int", "float", "bool") and len(node.args) == 1:
+        if isinstance(node.func, ast.Name) and node.func.id in _CASTS and len(node.args) == 1:
             node.args.insert(0, node.func)
             node.func = _expression(node, f"{HOOKS}.cast()").func
         return node
 
 
 def _expression(near: ast.AST, source: str) -> ast.Call:
-    statement = _at(near, source)[0]
+    statement = at(near, source)[0]
     assert isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
     return statement.value
 
@@ -388,14 +334,14 @@ class _Statements:
     def statement(self, statement: ast.stmt) -> list[ast.stmt]:
         """``statement``, its blocks outlined, and itself where it can be."""
         variables, stays = assigned([statement]), leaves_its_block(statement)
-        if not isinstance(statement, _SCOPES):
+        if not isinstance(statement, SCOPES):
             for field in ("body", "orelse", "finalbody"):
                 caught = field == "body" and isinstance(statement, ast.Try) and statement.handlers
                 if getattr(statement, field, None) and not caught:  # what raises there goes on in the handler
                     setattr(statement, field, self.block(getattr(statement, field)))
             for part in [*getattr(statement, "handlers", []), *getattr(statement, "cases", [])]:
                 part.body = self.block(part.body)
-        if isinstance(statement, ast.For) and not stays and any(_has(part, ast.Continue) for part in statement.body):
+        if isinstance(statement, ast.For) and not stays and any(has(part, ast.Continue) for part in statement.body):
             staged = self.outlined_loop(copy.deepcopy(statement), variables) if _is_stageable(statement) else None
             statement.body = self.joined_body(statement)
             if staged is not None:
@@ -403,7 +349,7 @@ class _Statements:
                 return staged
         if stays or not _may_decide(statement):
             return [statement]
-        if isinstance(statement, _LOOPS) and _is_stageable(statement):
+        if isinstance(statement, LOOPS) and _is_stageable(statement):
             return self.outlined_loop(statement, variables)
         name = self.fresh()
         return [_nested(statement, name, variables, [statement]), _hook(statement, "statement", [name])]
@@ -412,9 +358,9 @@ class _Statements:
         """A body with ``continue`` as one region, so that its paths meet again before the next turn."""
         name = self.fresh()
         function = _body_function(loop, name, assigned(loop.body))
-        if not any(_has(part, ast.Break) for part in loop.body):
+        if not any(has(part, ast.Break) for part in loop.body):
             return [function, _hook(loop, "statement", [name])]
-        check = _at(loop, f"while 1:\n    if {HOOKS}.truth({HOOKS}.statement({name})): break")[0].body[0]  # type: ignore[attr-defined]
+        check = at(loop, f"while 1:\n    if {HOOKS}.truth({HOOKS}.statement({name})): break")[0].body[0]  # type: ignore[attr-defined]
         return [function, check]
 
     def outlined_loop(self, loop: ast.For | ast.While, variables: set[str]) -> list[ast.stmt]:
@@ -431,13 +377,13 @@ class _Statements:
             ]
         range_, target, body = f"{whole}_range", f"{whole}_target", f"{whole}_body"
         assert isinstance(loop.target, ast.Name)
-        assign = _at(loop, f"{loop.target.id} = value")
+        assign = at(loop, f"{loop.target.id} = value")
         return [
             _nested(loop, whole, variables, [loop]),
             _nested(loop, range_, [], [_range_arguments(loop)]),
             _nested(loop, target, [loop.target.id], assign, "value"),
             _body_function(loop, body, variables),
-            _hook(loop, "for_loop", [whole, range_, target, body]),
+            _hook(loop, "for_loop", [whole, range_, target, body, str(_breaks(loop))]),
         ]
 
 
@@ -453,7 +399,7 @@ def _may_decide(statement: ast.stmt) -> bool:
         if isinstance(statement, ast.Expr) and _is_hook(statement.value):
             return False
         return any(isinstance(node, _DECIDING) for node in ast.walk(statement))
-    return isinstance(statement, (ast.If, *_LOOPS, ast.With, ast.Match, ast.Try))
+    return isinstance(statement, (ast.If, *LOOPS, ast.With, ast.Match, ast.Try))
 
 
 def _is_hook(node: ast.expr) -> bool:
@@ -462,12 +408,22 @@ def _is_hook(node: ast.expr) -> bool:
 
 
 def _is_stageable(loop: ast.For | ast.While) -> bool:
-    """A ``while``, or a ``for`` over a range that may break: a loop whose number of turns depends on the data."""
+    """A ``while``, or a ``for`` over a range that may break or may be of tensors: its turns may depend on the data."""
     if loop.orelse:
         return False
     if isinstance(loop, ast.While):
         return True
-    called = loop.iter.func if isinstance(loop.iter, ast.Call) else None
-    over_range = isinstance(called, ast.Name) and called.id == "range" and isinstance(loop.target, ast.Name)
-    over_range = over_range and not any(isinstance(part, ast.Starred) for part in loop.iter.args)  # type: ignore[attr-defined]
-    return over_range and any(_has(part, ast.Break) for part in loop.body)
+    return is_over_range(loop) and (_breaks(loop) or _may_be_tensors(loop.iter.args))  # type: ignore[attr-defined]
+
+
+def _breaks(loop: ast.For) -> bool:
+    return any(has(part, ast.Break) for part in loop.body)
+
+
+def _may_be_tensors(arguments: list[ast.expr]) -> bool:
+    """Whether the bounds of a range may be tensors, and can be asked for twice."""
+    parts = [part for argument in arguments for part in ast.walk(argument)]
+    called = [part.func for part in parts if isinstance(part, ast.Call)]
+    names = {f.attr if isinstance(f, ast.Attribute) else f.id if isinstance(f, ast.Name) else "" for f in called}
+    once = any(isinstance(part, ast.NamedExpr) for part in parts) or names & {"next", "pop", "popleft", "popitem"}
+    return not once and any(isinstance(part, (ast.Name, ast.Attribute, ast.Call)) for part in parts)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from graphopt.exporting.branches.outlining import HOOKS, outlined
+from graphopt.exporting.branches.higher_order import stand_ins
+from graphopt.exporting.branches.outlining import outlined
+from graphopt.exporting.branches.places import HOOKS
 
 
 class Hooks(Protocol):
@@ -22,6 +24,8 @@ class Hooks(Protocol):
 
     def plain(self, value: Any) -> Any: ...
 
+    def returned(self, value: Any) -> Any: ...
+
     def while_loop(self, whole: Callable[[], Any], test: Callable[[], Any], body: Callable[[], Any]) -> None: ...
 
     def for_loop(
@@ -30,6 +34,7 @@ class Hooks(Protocol):
         over: Callable[[], tuple[Any, ...]],
         target: Callable[[Any], Any],
         body: Callable[[], Any],
+        breaks: bool,
     ) -> None: ...
 
     def cast(self, kind: type, *arguments: Any) -> Any: ...
@@ -43,7 +48,7 @@ def patched(module: Any, hooks: Hooks) -> Iterator[None]:
     replaced: list[tuple[types.FunctionType, types.CodeType]] = []
     hooked: list[dict[str, Any]] = []
     try:
-        for function in _functions(module):
+        for function in [*_functions(module), *stand_ins()]:
             code = outlined(function)
             if code is not None:
                 replaced.append((function, function.__code__))

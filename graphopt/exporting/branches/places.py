@@ -11,8 +11,9 @@ from types import CodeType, FrameType
 
 from graphopt.exporting.factory import _relative
 
+HOOKS = "__graphopt__"  # how outlined code calls what traces it; see `outlining`
 OUTLINED = "__graphopt_"  # how the names of outlined statements begin; see `outlining`
-_OURS = str(Path(__file__).resolve().parent)
+_OURS = str(Path(__file__).resolve().parent.parent)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _is_users_file(name: str) -> bool:
 
     if name.startswith(("<", _OURS, str(Path(torch.__file__).parent))):
         return False
-    return Path(name).parent not in (Path(_OURS).parent, Path(os.__file__).parent)  # nor the standard library's
+    return Path(name).parent != Path(os.__file__).parent  # nor the standard library's
 
 
 def _function(frame: FrameType | None) -> str:

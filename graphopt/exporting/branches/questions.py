@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from graphopt.exporting.branches import numbers
+from graphopt.exporting.branches import numbers, sizes
 from graphopt.exporting.branches.errors import Refusal
 from graphopt.exporting.branches.places import somewhere
 
@@ -65,8 +65,14 @@ class Questions(TorchFunctionMode):  # type: ignore[misc]
             return self.decide(value) if value.dtype == torch.bool else self.value(value)
         return value
 
-    def cast(self, kind: type, *arguments: Any) -> Any:
-        if len(arguments) == 1 and is_tensor(arguments[0]):
+    def returned(self, value: Any) -> Any:
+        """What a function returns: the line that does is noted where that matters."""
+        return value
+
+    def cast(self, kind: Any, *arguments: Any) -> Any:
+        if kind is len and is_tensor(arguments[0]) and arguments[0].dim():
+            return arguments[0].shape[0]  # `len` itself would ask a size that is not known for a number
+        if kind is not len and len(arguments) == 1 and is_tensor(arguments[0]):
             return numbers.keep_position(numbers.cast(kind, arguments[0]), arguments[0])
         return kind(*arguments)
 
@@ -75,6 +81,7 @@ def computed(function: Any, args: Any, kwargs: Any) -> Any:
     """What ``function`` gives; of numbers alone a number, and none of them changed."""
     operands = [a for a in args if is_tensor(a)]
     if operands and all(map(numbers.is_number, operands)):
+        args = [numbers.as_number(a) if sizes.is_size(a) else a for a in args]
         function = numbers.not_in_place().get(function, function)
     result = function(*args, **kwargs)
     numbers.mark_result(result, operands)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graphopt.exporting.branches.markers import DOMAIN
 from graphopt.exporting.branches.places import Place
+from graphopt.exporting.branches.trips import COUNTED
 
 Region = tuple["Unit", str] | None  # a unit and its "then", "else" or "body"; None: the graph itself
 
@@ -112,6 +113,9 @@ class _Sinking:
             if node.graph is None:  # a marker, or dead: it uses nothing any more
                 for position in range(len(node.inputs)):
                     node.replace_input_with(position, None)
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self.graph.initializers[name]
 
     # What is needed.
 
@@ -152,10 +156,10 @@ class _Sinking:
         needed[state].add(index)
         live.add(state)
         if index >= len(news):
-            return [first, again, each[index - len(news)]]
+            return [first, again, *_count(state), each[index - len(news)]]
         begin = _producer(begins[index])
         live.add(begin)
-        return [first, again, initials[index], news[index]]
+        return [first, again, *_count(state), initials[index], news[index]]
 
     def loop_parts(self, state: ir.Node, indices: list[int]) -> LoopParts:
         initials, news, begins, each = _split(state)
@@ -208,7 +212,7 @@ class _Sinking:
         """All values that ``unit`` depends on, the bodies of a loop's variables included."""
         if unit.kind == "LoopState":
             parts = self.parts[unit.nodes[0]]
-            return [parts.first, parts.again, *parts.initials, *parts.news, *parts.each]
+            return [parts.first, parts.again, *_count(parts.state), *parts.initials, *parts.news, *parts.each]
         values = [value for node in unit.nodes for value in node.inputs if value is not None]
         for node in unit.nodes:
             for attribute in node.attributes.values():
@@ -279,7 +283,7 @@ class _Sinking:
                 self.use(node.inputs[2], (unit, "else"))
         elif unit.kind == "LoopState":
             parts = self.parts[unit.nodes[0]]
-            for value in [parts.first, *parts.initials]:
+            for value in [parts.first, *_count(parts.state), *parts.initials]:
                 self.use(value, unit.region)
             for value in [parts.again, *parts.news, *parts.each]:
                 self.use(value, (unit, "body"))
@@ -387,9 +391,14 @@ class _Sinking:
         outputs = [parts.again, *parts.news, *parts.each]
         body = self.graph_of(f"{name}_body", (unit, "body"), outputs, inputs)
         nodes: list[ir.Value | None] = [self.trips(parts, name), parts.first, *parts.initials]
-        return self.standing_for("Loop", name, nodes, {"body": body}, parts.results)
+        node = self.standing_for("Loop", name, nodes, {"body": body}, parts.results)
+        if _count(parts.state):
+            node.metadata_props[COUNTED] = "by a tensor"
+        return node
 
     def trips(self, parts: LoopParts, name: str) -> ir.Value | None:
+        for count in _count(parts.state):
+            return count
         if parts.trips < 0:
             return None
         value = ir.Value(
@@ -447,7 +456,14 @@ def _split(state: ir.Node) -> tuple[list[ir.Value], list[ir.Value], list[ir.Valu
     """The initial values, the new ones, the markers and what is stacked, of a LoopState."""
     values = [value for value in state.inputs[2:] if value is not None]
     count = state.attributes["carried"].as_int()
-    return values[:count], values[count : 2 * count], values[2 * count : 3 * count], values[3 * count :]
+    end = len(values) - state.attributes["counted"].as_int()
+    return values[:count], values[count : 2 * count], values[2 * count : 3 * count], values[3 * count : end]
+
+
+def _count(state: ir.Node) -> list[ir.Value]:
+    """How often a loop turns, where a tensor tells that: one value or none."""
+    last = state.inputs[-1]
+    return [last] if state.attributes["counted"].as_int() and last is not None else []
 
 
 def _captured(attribute: ir.Attr) -> list[ir.Value]:

@@ -2,8 +2,9 @@
 
 What a turn changes is found by tracing one: variables, attributes, entries of lists and dicts (`Slot`), tensors
 changed in place, lists that grow. The body is then traced again with a marker in each of these places, until a turn
-changes nothing that has no marker. A list that grows by the same number of tensors in each turn becomes a tensor
-stacked over the turns; only ``torch.stack`` and ``torch.cat`` may read it after the loop.
+changes nothing that has no marker, and no size otherwise than the marker allows. A list that grows by the same number
+of tensors in each turn becomes a tensor stacked over the turns (`loop_lists`). Where the first turn alone begins with
+something else (None), it is traced before the loop, and the others are the Loop.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from graphopt.exporting.branches import numbers
+from graphopt.exporting.branches.counting import Counted, counted
 from graphopt.exporting.branches.errors import Refusal, Unstageable
 from graphopt.exporting.branches.joining import derived
 from graphopt.exporting.branches.loop_state import LoopState
@@ -35,6 +37,7 @@ class StagedLoop:
         test: Of a ``while``.
         over: What the range is called with that a ``for`` runs over.
         target: Assigns a ``for``'s variable.
+        breaks: Whether the body of a ``for`` may break.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class StagedLoop:
         test: Callable[[], Any] | None = None,
         over: Callable[[], tuple[Any, ...]] | None = None,
         target: Callable[[Any], Any] | None = None,
+        breaks: bool = True,
     ) -> None:
         self.tracer, self.body, self.test, self.over, self.target = tracer, body, test, over, target
+        self.breaks = breaks
         functions = [f for f in (body, test, target) if f is not None]
         self.cells = {
             name: cell
@@ -54,49 +59,65 @@ class StagedLoop:
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         }
         self.key: Any = None
+        self.before = 0  # how many turns stand before the Loop
 
-    def trace(self, address: Address) -> bool:
+    def trace(self, address: Address, *, peeled: Unstageable | None = None) -> bool:
         """Trace the loop as one Loop; False where its turns do not depend on the data, and nothing is changed.
+
+        Args:
+            address: The loop's.
+            peeled: What the first turn begins with otherwise than the others: it stands before the Loop.
 
         Raises:
             Unstageable: It cannot be one Loop.
         """
         place = somewhere()
         self.address = address
-        self.turns = self._turns()
-        if isinstance(self.turns, range) and len(self.turns) < 2:
+        self.counted = self._counted() if self.over is not None else None
+        if self.counted is not None and self.counted.known is not None and (self.counted.known < 2 or not self.breaks):
             return False
         before = state = LoopState(self, place)
         if self.test is not None:
             first = self.piece("first", self.test)
             state = LoopState(self, place)  # the test itself may assign
         else:
-            first = True if self.count is None else derived(self.count > 0)
+            first = self.reaches(0, "first")
         if not is_tensor(first) and not first:
             before.restore()
             return False
+        if peeled is not None:
+            if is_tensor(first):
+                instead = "begin with a tensor in place of None, such as one of size 0"
+                raise Unstageable(f"{peeled.what}, and there may be no turn", peeled.place, hint=instead)
+            self.tracer.course.peeled.add(address)
+            first = self.turn(0, "peeled ")
+            if not is_tensor(first) and not first:
+                return True
+            state = LoopState(self, place)
+            self.before = 1
         again = self.turn(0)
         if not is_tensor(again) and not is_tensor(first):
             before.restore()
             return False
-        self.emit(state, first if self.count is not None else self.as_truth(first, "first"))
+        if peeled is not None:
+            self.emit(state, first if is_tensor(first) else numbers.as_number(True))
+            return True
+        self.emit(state, first if self.counted is not None and is_tensor(first) else self.as_truth(first, "first"))
         return True
 
-    def _turns(self) -> range | None:
-        """The range of a ``for``; its number of turns where that is a size that is not known."""
-        self.count: Any = None
-        if self.over is None:
-            return None
-        arguments = self.over()
-        if not any(isinstance(value, _symbolic()) for value in arguments):
-            return range(*arguments)
-        start, stop = (0, *arguments) if len(arguments) == 1 else arguments[:2]
-        if len(arguments) > 2 or not isinstance(start, int):
-            raise Unstageable("its range has a step or a start that is not known", somewhere())
-        import torch
+    def _counted(self) -> Counted:
+        """How the range of a ``for`` counts."""
+        assert self.over is not None
+        return counted(self.piece("range", self.over))
 
-        self.count = torch.full((), 1, dtype=torch.int64) * (stop - start)
-        return range(start, start + 2)
+    def reaches(self, turn: Any, name: str) -> Any:
+        """Whether the range of a ``for`` holds one more number than ``turn``."""
+        if self.counted is None or self.counted.known is not None:
+            return True
+        more = self.counted.count > turn
+        if not self.counted.of_values:
+            return derived(more)
+        return self.tracer.loop_decision(more, (self.address, name, "condition"))
 
     def piece(self, name: str, run: Callable[[], Any]) -> Any:
         """Run a piece of the loop as a region of its own."""
@@ -111,20 +132,26 @@ class StagedLoop:
         except Refusal as reason:
             raise Unstageable(reason.what, reason.place or somewhere()) from reason
 
-    def turn(self, counter: Any) -> Any:
-        """Run one turn; whether there may be another: a tensor, or a Python bool."""
-        if self.turns is not None and self.target is not None:
-            step, start = self.turns.step, self.turns.start
-            value = counter if step == 1 and start == 0 else counter * step + start
+    def turn(self, counter: Any, kind: str = "") -> Any:
+        """Run one turn; whether there may be another: a tensor, or a Python bool.
+
+        Args:
+            counter: How many turns of the Loop came before.
+            kind: Of the addresses of its pieces.
+        """
+        if self.before:
+            counter = counter + self.before
+        if self.counted is not None and self.target is not None:
+            value = self.counted.at(counter)
             self.target(numbers.mark(value, turn=True) if is_tensor(value) else value)
-        broke = self.piece("body", self.body)
-        again = self.piece("again", self.test) if self.test is not None else True
+        broke = self.piece(f"{kind}body", self.body)
+        again = self.piece(f"{kind}again", self.test) if self.test is not None else True
         if not is_tensor(broke) and broke:
             return False
-        if self.count is not None:
-            again = self.count > counter + 1
+        if self.counted is not None:
+            again = self.reaches(counter + 1, f"{kind}again")
         elif is_tensor(again):
-            again = self.as_truth(again, "again")
+            again = self.as_truth(again, f"{kind}again")
         if not is_tensor(broke):
             return again
         import torch
@@ -164,11 +191,5 @@ class StagedLoop:
             first,
             again if is_tensor(again) else numbers.as_number(bool(again)),
             number,
-            len(self.turns) if self.turns is not None and self.count is None else -1,
+            self.counted.after(self.before) if self.counted is not None else None,
         )
-
-
-def _symbolic() -> Any:
-    import torch
-
-    return torch.SymInt

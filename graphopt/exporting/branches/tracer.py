@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-from graphopt.exporting.branches import numbers
+from graphopt.exporting.branches import numbers, sizes
 from graphopt.exporting.branches.decisions import Address, Choice, Course, Decision, Run, Stack
 from graphopt.exporting.branches.errors import Refusal, Retrace, Unjoinable, Unstageable
 from graphopt.exporting.branches.joining import is_derived, join
@@ -36,6 +37,13 @@ TOP: Address = ("top",)  # of the module's own call
 DEAD = type("Dead", (), {"__repr__": lambda self: "a path that raises"})()
 _RAISED_BY_PATHS = (AssertionError, ValueError, IndexError, KeyError, NameError)
 
+_INSTEAD_OF_VALUES = (
+    "leave out int() and index a tensor with it (torch.stack the choices), or compare it: `if k == 0: … elif k == 1: …`"
+)
+_INSTEAD_OF_PATHS = (
+    "choose between values by torch.where; put each `if` into a function or module that returns before the next"
+)
+
 Key = tuple[Any, ...]  # of a region: the same for every time that its code runs
 
 
@@ -46,11 +54,13 @@ class Knowledge:
     Attributes:
         restored: Regions that change tensors in place on some path: they are put back before the next one.
         unrolled: Loops that cannot be one Loop, with the reason.
+        peeled: Loops whose first turn differs from the others, with what differs: it stands before the Loop.
         promote: Whether Python numbers that differ from path to path become tensors.
     """
 
     restored: set[Key] = field(default_factory=set)
     unrolled: dict[Key, Unstageable] = field(default_factory=dict)
+    peeled: dict[Key, Unstageable] = field(default_factory=dict)
     promote: bool = True
 
 
@@ -94,6 +104,7 @@ class Tracer(Questions):
         self.unjoinable: dict[Key, Unjoinable] = {}
         self.joins = itertools.count()
         self.loops = itertools.count()
+        self.testing = False  # whether the condition of a loop is traced
         self.turns: list[Any] = []  # of the loops whose turn is traced, the innermost last
         self.places: dict[tuple[str, int], Place] = {}  # ("If", number of the join) or ("Loop", of the loop) → line
 
@@ -112,8 +123,8 @@ class Tracer(Questions):
             raise Retrace from error
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, StackedList):
-                raise Unstageable("a list that grows in it is returned", somewhere(), leaf.key)
-        return result
+                raise leaf.returned()
+        return pytree.tree_map(lambda leaf: sizes.as_tensor(leaf) if sizes.is_unknown(leaf) else leaf, result)
 
     def operator(self, function: Any, args: Any, kwargs: Any) -> Any:
         import torch
@@ -197,12 +208,20 @@ class Tracer(Questions):
         """The refusal of a region that decided ``log`` last."""
         place = log[-1].decision.place if log else somewhere()
         loops = "".join(_no_loop(key, reason) for key, reason in self.knowledge.unrolled.items())
-        hint = (
-            "a loop becomes one Loop where a turn changes only tensors and numbers of one dtype and rank"
-            if loops
-            else "write `for _ in range(int(n))` as `while i < n`, choose between values by torch.where"
-        )
+        hint = next((reason.hint for reason in self.knowledge.unrolled.values() if reason.hint), None)
+        if hint is None and loops:
+            hint = "a loop becomes one Loop where a turn changes only tensors and numbers of one dtype and rank"
+        elif hint is None:
+            hint = _INSTEAD_OF_VALUES if any(choice.of_value for choice in log) else _INSTEAD_OF_PATHS
         return Refusal(f"more than {LIMIT} {what} depend on each other, at {place}{loops}", None, hint)
+
+    def unjoined(self, reason: Unjoinable) -> Refusal:
+        """The refusal of paths that cannot be joined, by the loop whose turns they are."""
+        loops = "".join(_no_loop(key, loop) for key, loop in self.knowledge.unrolled.items())
+        hint = next((loop.hint for loop in self.knowledge.unrolled.values() if loop.hint), None)
+        if not loops:
+            return Refusal(reason.what, reason.place)
+        return Refusal(f"{reason.what}, at {reason.place}{loops}", None, hint)
 
     def _decision(self, condition: Any, *, settled: bool = False) -> Decision:
         address = self.stack.top.next_decision()
@@ -214,7 +233,22 @@ class Tracer(Questions):
             self.course.decisions[address] = decision
             if free:
                 self.course.numbered.append(decision)
+        elif decision.number is None and not settled and not is_derived(condition):
+            # In the first turn of a loop it was the same on all paths; in any turn it is not.
+            decision.number = self.course.new_number()
+            self.course.numbered.append(decision)
         return decision
+
+    def returned(self, value: Any) -> Any:
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, StackedList):
+                part.returned_at = somewhere()
+        return value
+
+    def cast(self, kind: Any, *arguments: Any) -> Any:
+        if kind is len and isinstance(arguments[0], StackedList):
+            return arguments[0].length()
+        return super().cast(kind, *arguments)
 
     def value(self, tensor: Any) -> int:
         if numbers.is_turn(tensor):
@@ -246,16 +280,27 @@ class Tracer(Questions):
             return run()
         exploration = _Exploration(self, run, roots, key, address)
         try:
-            result = exploration.joined()
+            with self._in_test(address):
+                result = exploration.joined()
         except Unjoinable as reason:
             if last_resort:
-                raise Refusal(reason.what, reason.place) from reason
+                raise self.unjoined(reason) from reason
             exploration.undo()
             self.unjoinable[key] = reason
             course.transparent.add(address)
             return run()
         course.joined.add(address)
         return result
+
+    @contextmanager
+    def _in_test(self, address: Address) -> Iterator[None]:
+        """In the condition of a loop, sizes are asked as tensors are: each turn has an answer of its own."""
+        before = self.testing
+        self.testing = before or (len(address) == 2 and address[1] in ("first", "again"))
+        try:
+            yield
+        finally:
+            self.testing = before
 
     # What outlined code calls.
 
@@ -268,7 +313,13 @@ class Tracer(Questions):
         if is_tensor(value):
             return self.decide(value)
         if isinstance(value, StackedList):
-            return self.decide(value.some) if is_tensor(value.some) else self._settled(None, True)
+            sure = value.appended() or not is_tensor(value.some)
+            return self._settled(None, True) if sure else self.decide(value.some)
+        if self.testing and sizes.is_truth(value):
+            return self.decide(sizes.as_tensor(value))
+        if sizes.is_unknown(value):
+            known = sizes.settled(value)
+            return self.decide(sizes.as_tensor(value)) if known is None else self._settled(None, known)
         return self._settled(None, bool(value))
 
     def call(self, module: Any, run: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
@@ -283,8 +334,9 @@ class Tracer(Questions):
         over: Callable[[], tuple[Any, ...]],
         target: Callable[[Any], Any],
         body: Callable[[], Any],
+        breaks: bool,
     ) -> None:
-        self._loop(whole, StagedLoop(self, body, over=over, target=target))
+        self._loop(whole, StagedLoop(self, body, over=over, target=target, breaks=breaks))
 
     def _loop(self, whole: Callable[[], Any], staged: StagedLoop) -> None:
         """One ONNX Loop where its number of turns depends on the data, else the loop as Python runs it."""
@@ -292,8 +344,11 @@ class Tracer(Questions):
         if key not in self.knowledge.unrolled:
             staged.key = key
             try:
-                done = staged.trace(address)
+                done = staged.trace(address, peeled=self.knowledge.peeled.get(key))
             except Unstageable as reason:
+                if reason.first_differs and reason.loop is None and key not in self.knowledge.peeled:
+                    self.knowledge.peeled[key] = reason
+                    raise Retrace from reason
                 self.knowledge.unrolled[reason.loop or key] = reason
                 raise Retrace from reason
             except Exception as error:  # of torch, or of the user's code, which meets tensors where numbers were

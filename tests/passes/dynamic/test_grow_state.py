@@ -303,3 +303,16 @@ def test_no_buffer_for_a_loop_that_could_go_on_for_very_long() -> None:
     _, records = run_pass(model.replace("three = {3}", "three = {134217729}"), GrowState, target=RTX)
     assert applications(records) == 0
     assert "buffer" in records[0].reason
+
+
+@pytest.mark.parametrize(("kind", "applied"), [("float", 1), ("int8", 1), ("bfloat16", 0), ("bool", 0)])
+def test_a_buffer_of_what_onnxruntime_can_pad(kind: str, applied: int) -> None:
+    model = f"""<ir_version: 10, opset_import: ["": 18]>
+    g ({kind}[1,2] x, {kind}[1,2] row) => ({kind}[a,2] y, int64[b,2] sizes) <int64 three = {{3}}> {{
+        y, sizes = Loop(three, , x) <body = l (int64 i, bool on, {kind}[k,2] s)
+            => (bool again, {kind}[k1,2] more, int64[2] size)
+            {{ again = Identity(on) more = Concat<axis = 0>(s, row) size = Shape(s) }}>
+    }}"""
+    _, records = run_pass(model, GrowState, target=RTX)
+    assert applications(records) == applied
+    assert applied or "cannot pad" in records[0].reason + " ".join(records[0].near_misses.values())
