@@ -99,6 +99,33 @@ def per_sample(result: Result) -> str:
     return md_table(heads, rows, right=2)
 
 
+def paths(result: Result) -> str:
+    """Networks by the straight lines that were tried for them, and what they brought."""
+    rows = []
+    for one in result["networks"]:
+        where = [one["title"], "one for nine in ten" if one["usual"] else "many"]
+        seconds = [f"{one['seconds'][kind]:.0f}" for kind in ("without images", "with images")]
+        for trial in one["trials"]:
+            found = trial["faster"]
+            decisions = " and ".join(str(len(path)) for path in trial["paths"])
+            sides = [f"{found[side]:.2f}" if side in found else "" for side in ("on", "off")]
+            ratio = _interval(found) if found else trial["reason"]
+            kept = "yes" if trial["kept"] else "no"
+            rows.append([*where, decisions, f"{sum(trial['shares']):.0%}", *sides, ratio, kept, *seconds])
+            where, seconds = ["", ""], ["", ""]
+    heads = [
+        "network",
+        "paths",
+        "decisions on it",
+        "images on it",
+        "on it",
+        "on others",
+        "times as fast (95 %)",
+        "kept",
+    ]
+    return md_table([*heads, "s", "s with images"], rows, right=2)
+
+
 DYNAMIC = {
     "dynamic": dynamic,
     "silero": silero,
@@ -106,6 +133,7 @@ DYNAMIC = {
     "host_overhead": host_overhead,
     "rtx_dynamic": rtx_dynamic,
     "per_sample": per_sample,
+    "paths": paths,
 }
 
 

@@ -34,6 +34,8 @@ PROGRAMS: dict[str, tuple[str, ...]] = {
     "rtx_dynamic": (),
     "dynamic": (),
     "host_overhead": (),
+    "per_sample": (),
+    "paths": (),
     "silero": (),
     "split_corpus": (),
     "demos": (),

@@ -100,15 +100,18 @@ def _show(result: BenchResult, *, verbose: bool) -> None:
     _show_gpu(result, names)
     for name, model in zip(names[1:], result.models[1:], strict=True):
         out.print(_verdict(name, names[0], model))
+        if model.one_by_one:
+            out.print(f"The outputs of {name} and {names[0]} are compared for each sample alone (--per-sample).")
         if model.max_abs_difference > 1e-2 * max(model.max_abs_output, 1e-30):
             out.print(
                 f"warning: the outputs of {name} are not those of {names[0]}: they differ by "
                 f"{model.max_abs_difference:.1e} where the largest is {model.max_abs_output:.1e}"
             )
     timed = ", ".join(f"{name} {what}" for name, what in result.timed_on.items()) or "no inputs"
+    loads = "1 load" if result.loads == 1 else f"{result.loads} loads"
     threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
     peak = " Peak: in its own process." if any(model.peak_bytes is not None for model in result.models) else ""
-    out.print(f"Timed on {timed}: {result.rounds} rounds, {result.loads} loads, {threads}.{peak}")
+    out.print(f"Timed on {timed}: {result.rounds} rounds, {loads}, {threads}.{peak}")
     if result.gpu is not None:
         out.print(f"GPU: {result.gpu}. Wall times are of whole calls from the host; inputs stay in the GPU's caches.")
     if verbose:
@@ -118,7 +121,9 @@ def _show(result: BenchResult, *, verbose: bool) -> None:
                 out.print(f"{name}: {model.gpu.library}{graph}")
             cpu = model.cpu_speedup
             out.print(f"{name}: {model.path}; CPU speedup {cpu.value:.3f} ({cpu.low:.3f} to {cpu.high:.3f})")
-        out.print(f"Outputs compared on {result.compared_on} feeds; {result.environment}")
+        inputs = "1 input" if result.compared_on == 1 else f"{result.compared_on} inputs"
+        versions = ", ".join(f"{name} {version}" for name, version in result.environment.items())
+        out.print(f"Outputs compared on {inputs}; {versions}")
 
 
 def _show_gpu(result: BenchResult, names: list[str]) -> None:

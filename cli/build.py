@@ -97,12 +97,12 @@ def command(
     child process; a crash of it is an error here, and nothing is written. OUT.json, beside the engine, says how it
     was built, for which library and GPUs, and what became of the nodes.
     """
-    from graphopt.bundles.folder import is_bundle
     from graphopt.engines import BuildOptions, build_engine
     from graphopt.engines.build import NotCovered
     from graphopt.engines.bundles.building import BundleResult, NothingBuilt, build_bundle
     from graphopt.engines.options import parse_compute_capabilities, parse_size
     from graphopt.engines.spawning import Refused
+    from graphopt.files.bundle_folder import is_bundle
 
     options = BuildOptions(
         workspace=None if workspace is None else parse_size(workspace),
@@ -175,6 +175,8 @@ def _print_bundle(result: BundleResult) -> None:
     notes = Counter(note for one in built for note in one.notes)
     for note, times in notes.items():
         console().print(f"note: {note}" + (f" ({times} blocks)" if times > 1 else ""))
+    for note in result.notes:
+        console().print(f"note: {note}")
     console().print(result.status)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group("bundle", context_settings=HELP)
 def command() -> None:
-    """What is done with bundles alone; the other commands take them as they take models."""
+    """What is done with bundles alone. inspect, verify, bench and build take them as they take models."""
 
 
 @command.command("merge", context_settings=HELP)

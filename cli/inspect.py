@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +15,8 @@ from graphopt.errors import BadInput
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import onnx_ir as ir
+
     from graphopt.bundles.contents import BundleContents
     from graphopt.bundles.drawing import Line
     from graphopt.bundles.plan import Port
@@ -24,11 +26,17 @@ if TYPE_CHECKING:
 
 # Rows of a table that has no natural end; --verbose shows them all.
 TOP = 12
+_ONE_BLOCK = "give one of its blocks, or `graphopt bundle merge` it"
 
 
 @click.command("inspect", context_settings=HELP)
 @click.argument("model", metavar="IN")
-@click.option("--weights", "scan", is_flag=True, help="Read every weight and say what its values are like.")
+@click.option(
+    "--weights",
+    "scan",
+    is_flag=True,
+    help="Read every weight: what its values are like, or whether a bundle is as it was written.",
+)
 @click.option("--channels", is_flag=True, help="Say which channels can be permuted, scaled or rotated together.")
 @click.option(
     "--calibration", metavar="F.npz|DIR", help="Of a bundle: run it on inputs of yours and count where they lead."
@@ -41,12 +49,14 @@ def command(model: str, scan: bool, channels: bool, calibration: str | None, as_
     """
     from pathlib import Path
 
-    from graphopt.bundles.folder import is_bundle
     from graphopt.files import load_model
+    from graphopt.files.bundle_folder import is_bundle
     from graphopt.inspection import describe, scan_weights
 
     if is_bundle(Path(model)):
-        _inspect_bundle(Path(model), scan or channels, calibration, as_json=as_json, verbose=verbose)
+        if channels:
+            raise BadInput("--channels is for .onnx files", where=model, hint=_ONE_BLOCK)
+        _inspect_bundle(Path(model), scan, calibration, as_json=as_json, verbose=verbose)
         return
     if calibration is not None:
         raise BadInput("--calibration is for bundles", where=model)
@@ -67,16 +77,32 @@ def command(model: str, scan: bool, channels: bool, calibration: str | None, as_
     _show(found, None if verbose else TOP)
     for group, summaries in (classes or {}).items():
         _show_classes(group, summaries, None if verbose else TOP)
+    if classes is not None and (inner := _in_bodies(loaded)):
+        where = "weight is in a body of If, Loop or Scan" if inner == 1 else "weights are in bodies of If, Loop or Scan"
+        console().print(f"{inner:,} {where}, whose channels are not looked at; --recipe static makes blocks of bodies")
 
 
-def _inspect_bundle(bundle: Path, of_models: bool, calibration: str | None, *, as_json: bool, verbose: bool) -> None:
+def _in_bodies(model: ir.Model) -> int:
+    """How many weights are in bodies; indices and sizes do not count."""
+    from graphopt import graphs
+
+    bodies = (body for graph in graphs.all_graphs(model) for node in graph for body in graphs.subgraphs(node))
+    tensors = [
+        graphs.constant_tensor(value)
+        for body in bodies
+        for value in (*body.initializers.values(), *(output for node in body for output in node.outputs))
+    ]
+    return sum(tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1 for tensor in tensors)
+
+
+def _inspect_bundle(bundle: Path, scan: bool, calibration: str | None, *, as_json: bool, verbose: bool) -> None:
     from graphopt.bundles.contents import bundle_contents
 
-    found = bundle_contents(bundle)
-    if of_models:
-        raise BadInput("--weights and --channels are for .onnx files", where=str(bundle), hint="give one of its blocks")
+    found = bundle_contents(bundle, weights=scan)
     if calibration is not None:
-        found = dataclasses.replace(found, profile=_count(found, calibration, quiet=as_json))
+        counted = _count(found, calibration, quiet=as_json)
+        counted.trials = [] if found.profile is None else found.profile.trials
+        found = dataclasses.replace(found, profile=counted)
     if as_json:
         print_json(found)
     else:
@@ -87,26 +113,21 @@ def _count(found: BundleContents, calibration: str, *, quiet: bool) -> Profile:
     """Run a bundle on the user's inputs, and count where they lead."""
     from pathlib import Path
 
-    from graphopt.bundles.profile import Counts
-    from graphopt.bundles.running import BundleRunner, input_values
+    from graphopt.bundles.counting import count
+    from graphopt.bundles.running import input_values
     from graphopt.calibration import read_calibration
 
     feeds = read_calibration(Path(calibration), input_values(found.plan))
-    counts = Counts()
-    runner = BundleRunner(found.path, course=counts)
     with progress("running", len(feeds), enabled=not quiet) as advance:
-        for feed in feeds:
-            runner.run(feed)
-            counts.profile.inputs += 1
-            advance()
-    return counts.profile
+        return count(found.path, feeds, done=advance)
 
 
 def _show_bundle(found: BundleContents, *, whole: bool) -> None:
-    from graphopt.bundles.drawing import draw
+    from graphopt.bundles.drawing import draw, shortened
 
     out = console()
     top = None if whole else 3 * TOP
+    scanned, changed = found.changed is not None, found.changed or ()
     shared = f", {_size(found.shared_bytes)} of them read by several blocks" if found.shared_bytes else ""
     out.print(
         table(
@@ -115,6 +136,7 @@ def _show_bundle(found: BundleContents, *, whole: bool) -> None:
                 ("version", found.version),
                 ("blocks", f"{len(found.blocks):,}, {sum(one.block.nodes for one in found.blocks):,} nodes"),
                 ("size", _size(found.bytes) + shared),
+                *((("as written", ", ".join(changed) + " changed" if changed else "yes"),) if scanned else ()),
             ],
         )
     )
@@ -123,21 +145,27 @@ def _show_bundle(found: BundleContents, *, whole: bool) -> None:
     width = MAX_WIDTH - (0 if found.profile is None else 2 + max(len(line.ran) for line in lines))
     drawn = [(_hanging(line, width), *((line.ran,) if found.profile else ())) for line in lines]
     out.print(table(("plan", *((("ran", "right"),) if found.profile else ())), _cut(drawn, top, "lines")))
+    for trial in found.profile.trials if found.profile else ():
+        out.print(trial.told())
     out.print()
     engines = any(one.block.backend for one in found.blocks)
+    held = any(one.control_flow for one in found.blocks)
+    ports = (port.name for one in found.blocks for port in (*one.block.inputs, *one.block.outputs))
+    names = None if whole else shortened(ports, 24)
     rows = [
         (
             one.name,
             f"{one.block.nodes:,}",
             _size(one.bytes),
             f"{one.used:,}",
-            _port_names(one.block.inputs, whole),
-            _port_names(one.block.outputs, whole),
+            _port_names(one.block.inputs, names),
+            _port_names(one.block.outputs, names),
+            *((_pairs(one.control_flow),) if held else ()),
             *((one.block.backend or one.block.reason or "onnxruntime",) if engines else ()),
         )
         for one in found.blocks
     ]
-    told = ("runs on",) if engines else ()
+    told = (*(("holds",) if held else ()), *(("runs on",) if engines else ()))
     columns = ("block", ("nodes", "right"), ("size", "right"), ("used", "right"), "inputs", "outputs", *told)
     out.print(table(columns, _cut(rows, top, "blocks")))
 
@@ -152,9 +180,10 @@ def _hanging(line: Line, width: int) -> str:
     )
 
 
-def _port_names(ports: Sequence[Port], whole: bool) -> str:
-    shown = ports if whole or len(ports) <= 4 else ports[:3]
-    names = [port.name if whole else _elide(port.name, 24) for port in shown]
+def _port_names(ports: Sequence[Port], shorter: Mapping[str, str] | None) -> str:
+    """The names of ports, shortened; None: all of them, as they are."""
+    shown = ports if shorter is None or len(ports) <= 4 else ports[:3]
+    names = [port.name if shorter is None else shorter.get(port.name, port.name) for port in shown]
     more = len(ports) - len(shown)
     return " ".join([*names, f"and {more} more"] if more else names)
 
@@ -281,6 +310,9 @@ def _show_classes(group: str, classes: Sequence[ClassSummary], top: int | None) 
     columns = ("first and last weight", ("channels", "right"), ("weights", "right"), ("values", "right"), "pinned by")
     out = console()
     out.print()
+    if not rows:
+        out.print(f"channel classes: {group}: none")
+        return
     out.print(table(columns, _cut(rows, top, "classes"), title=f"channel classes: {group}"))
 
 

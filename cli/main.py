@@ -12,6 +12,7 @@ from types import FrameType
 import click
 
 from graphopt.errors import GraphoptError
+from graphopt.interrupts import end_all, watch_signals
 
 # name -> (module, one-line help). The help stands here so that `graphopt --help` imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -103,6 +104,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 def run() -> None:
     """Console-script entry point."""
     signal.signal(signal.SIGTERM, _end)
+    watch_signals()
     code = main()
+    end_all()
     gc.freeze()  # the process ends: no need to look through every graph for what is dead
     sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from graphopt.errors import BadInput
 if TYPE_CHECKING:
     from graphopt.bundles.making import BundleFacts
     from graphopt.report import Report
+    from graphopt.rewrite.manager import PassRecord
 
 
 MOST_NAMED = 4
@@ -141,7 +143,28 @@ def _show(report: Report, verbose: bool, named: set[str]) -> None:
     )
     out.print()
     shown = [p for p in report.passes if verbose or p.kept or p.undone or p.error or p.name in named]
-    out.print(
+    if shown:
+        _show_passes(shown, named)
+    if len(shown) < len(report.passes):
+        left, more = len(report.passes) - len(shown), "more" if shown else "passes"
+        out.print(f"{left} {more} found nothing to do (--verbose lists them)", style="dim")
+    if verbose:
+        for p in report.passes:
+            for reason, nodes in _by_reason(p.near_misses).items():
+                rest = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+                out.print(f"  {p.name} left {', '.join(nodes[:3])}{rest}: {reason}", style="dim")
+    out.print()
+    for p in report.passes:
+        if p.kind == "lossy" and not p.kept:
+            out.print(f"{p.name} was asked for and changed nothing: {p.error or p.reason or 'nothing matched'}")
+    if report.bundle is not None:
+        out.print("\n".join(_bundle(report.bundle, verbose)))
+    out.print(_verdict(report, verbose))
+    out.print(f"wrote {after.path} in {report.seconds:.1f} s")
+
+
+def _show_passes(shown: Sequence[PassRecord], named: set[str]) -> None:
+    console().print(
         table(
             ["pass", "kind", ("kept", "right"), ("undone", "right"), ("nodes", "right"), ("s", "right"), "note"],
             [
@@ -158,21 +181,6 @@ def _show(report: Report, verbose: bool, named: set[str]) -> None:
             ],
         )
     )
-    if len(shown) < len(report.passes):
-        out.print(f"{len(report.passes) - len(shown)} more found nothing to do (--verbose lists them)", style="dim")
-    if verbose:
-        for p in report.passes:
-            for reason, nodes in _by_reason(p.near_misses).items():
-                more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
-                out.print(f"  {p.name} left {', '.join(nodes[:3])}{more}: {reason}", style="dim")
-    out.print()
-    for p in report.passes:
-        if p.kind == "lossy" and not p.kept:
-            out.print(f"{p.name} was asked for and changed nothing: {p.error or p.reason or 'nothing matched'}")
-    if report.bundle is not None:
-        out.print("\n".join(_bundle(report.bundle, verbose)))
-    out.print(_verdict(report, verbose))
-    out.print(f"wrote {after.path} in {report.seconds:.1f} s")
 
 
 def _by_reason(near_misses: dict[str, str]) -> dict[str, list[str]]:
@@ -194,7 +202,7 @@ def _bundle(bundle: BundleFacts, verbose: bool) -> list[str]:
     lines += reasons if verbose else reasons[:MOST_NAMES]
     if len(lines) < len(reasons):
         lines.append(f"and {len(reasons) - MOST_NAMES} more (--verbose lists them)")
-    return lines
+    return lines + [trial.told() for trial in bundle.trials]
 
 
 def _verdict(report: Report, verbose: bool) -> str:
@@ -205,8 +213,12 @@ def _verdict(report: Report, verbose: bool) -> str:
     lines = [
         f"verified: {found.verdict}, on {tell_inputs(found)}",
         tell_distance(found),
-        f"{coverage['checked_alone']} of {coverage['applications']} rewrites one by one; all together with the"
-        " runtime's optimizations off and on",
+        (
+            f"{coverage['checked_alone']} of {coverage['applications']} rewrites one by one; all together with the"
+            " runtime's optimizations off and on"
+            if coverage["applications"]
+            else "nothing was rewritten; compared with the runtime's optimizations off and on"
+        ),
     ]
     lines += tell_ways(coverage, verbose)
     if coverage["vacuous"]:

@@ -127,7 +127,11 @@ def tell_inputs(found: Verification) -> str:
     """How many inputs a verification ran on, and whose they are."""
     count, own = found.cases, found.coverage["feeds"] == "calibration"
     noun = "input" if count == 1 else "inputs"
-    return f"{count} {noun} of yours" if own else f"{count} made-up {noun}"
+    if own:
+        return f"{count} {noun} of yours"
+    left_out = found.coverage.get("endless", 0)
+    others = f" (not on {left_out} more, on which a loop had no end)" if left_out else ""
+    return f"{count} made-up {noun}{others}"
 
 
 def tell_bytes(size: int) -> str:
@@ -158,7 +162,7 @@ def tell_ways(coverage: Mapping[str, Any], verbose: bool) -> list[str]:
     for what, names in (
         ("never reached", [name for name, how in sides if how == "never"]),
         ("inside a block, forced there", found["inside"]),
-        ("gone, and checked as the inputs take them", found["free"]),
+        ("not in the bundle any more, and checked as the inputs take them", found["free"]),
         ("the original itself fails when", [*found["failing"]]),
     ):
         if names:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 )
 @click.option("--instances", type=int, default=1, metavar="N", help="How often it is loaded, on each GPU. Default: 1.")
 @click.option("--device", default="auto", metavar="D", help="gpu, cpu or auto (default): a GPU where there is one.")
-@click.option("--no-verify", is_flag=True, help="Do not run the model to see that rows of a batch are independent.")
+@click.option(
+    "--no-verify", is_flag=True, help="Do not load the model here, nor see that rows of a batch are independent."
+)
 @click.option("--force", is_flag=True, help="Replace the version, and a config.pbtxt that differs.")
 @common_options
 def command(

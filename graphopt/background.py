@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import ParamSpec, TypeVar
 
+from graphopt.interrupts import is_ended
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -18,7 +20,13 @@ def in_background(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Fu
     One thing after the other, in the order asked for: what is needed first is not slowed down by what is needed later.
     What runs here must not wait for other work in the background.
     """
-    return _thread().submit(work, *args, **kwargs)
+
+    def begin() -> T:
+        if is_ended():
+            raise RuntimeError("the process ends")  # it waits for what is begun, and nobody will ask for it
+        return work(*args, **kwargs)
+
+    return _thread().submit(begin)
 
 
 @cache

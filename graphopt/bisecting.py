@@ -21,6 +21,7 @@ from graphopt.numerics.blas import single_threaded_blas
 from graphopt.recipes import load_recipes, passes_of
 from graphopt.report import Verification
 from graphopt.rewrite.application import Application
+from graphopt.runtime.ending import under
 from graphopt.shapes import infer_shapes
 from graphopt.targets import load_target
 from graphopt.verification import runnable
@@ -59,12 +60,12 @@ class Culprit:
 def bisect(
     path: str | Path,
     *,
-    recipe: Sequence[str] = ("safe",),
-    settings: Sequence[str] = (),
+    recipe: str | Sequence[str] = ("safe",),
+    settings: str | Sequence[str] = (),
     calibration: str | Path | None = None,
     target: str = "onnxruntime",
     custom_ops: str | Path | None = None,
-    fail_if: Sequence[str] = (),
+    fail_if: str | Sequence[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Culprit | None:
     """Find the application that breaks the tolerance, by running ever smaller numbers of them.
@@ -86,7 +87,7 @@ def bisect(
     """
     say = progress or (lambda text: None)
     source = Path(path)
-    conditions = [gates.parse_fail_if(text) for text in fail_if]
+    conditions = gates.parse_conditions(fail_if)
     recipes = load_recipes(recipe)
     model = load_model(source)
     plan = Plan(
@@ -198,7 +199,8 @@ def first_difference(plan: Plan, reference: Reference, attempt: Attempt) -> tupl
     after = session_for(candidate, custom_ops=plan.custom_ops, outputs=[b for _, b in shared])
     for case in reference.feeds:
         names = [value.name or "" for value, _ in shared]
-        a, b = run_case(before, case, names), run_case(after, case, names)
+        with under(reference.limit):
+            a, b = run_case(before, case, names), run_case(after, case, names)
         for name in names:
             if not isinstance(a[name], np.ndarray) or not isinstance(b[name], np.ndarray):
                 continue

@@ -7,17 +7,45 @@ from __future__ import annotations
 
 import difflib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, overload
 
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import BadInput
+from graphopt.errors import BadInput, GraphoptError
 from graphopt.feeds import Feeds
 
 Array = np.ndarray[Any, Any]
+
+
+class Sample(dict[str, Any]):
+    """A feed of the user's.
+
+    Attributes:
+        where: The file that it was read from, and which of its samples it is, counted from 0.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], where: str) -> None:
+        super().__init__(arrays)
+        self.where = where
+
+
+@contextmanager
+def failing_on(feeds: Mapping[str, Any]) -> Iterator[None]:
+    """Say of a run that fails which of the user's samples it failed on; of made-up feeds nothing is added.
+
+    Raises:
+        BadInput: The block failed on a `Sample`.
+    """
+    try:
+        yield
+    except GraphoptError as error:
+        if not isinstance(feeds, Sample):
+            raise
+        raise BadInput(f"the network does not run on it: {error}", where=feeds.where) from error
 
 
 class CalibrationData(Sequence[Feeds]):
@@ -86,8 +114,9 @@ class _Folder(CalibrationData):
                 _check_array(wanted[name], shape, dtype, file)
 
     def _read(self, position: int) -> Feeds:
-        with _open(self._files[position]) as archive:
-            return {name: _as_declared(archive[name], self._wanted[name]) for name in archive.files}
+        file = self._files[position]
+        with _open(file) as archive:
+            return Sample({name: _as_declared(archive[name], self._wanted[name]) for name in archive.files}, str(file))
 
 
 class _Samples(CalibrationData):
@@ -125,7 +154,7 @@ class _Samples(CalibrationData):
                     sample = _row(member, position)
                 sample = _as_declared(sample, self._wanted[name])
                 feeds[name] = sample[None] if self._keep_axis[name] else sample
-        return feeds
+        return Sample(feeds, f"{self._path}, sample {position}")
 
 
 def _row(member: IO[bytes], position: int) -> Array:

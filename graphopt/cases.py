@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt.attempts import Plan
+from graphopt.calibration import failing_on, read_calibration
 
 CALIBRATION_CASES = 4
 
@@ -21,8 +22,13 @@ def feed_source(plan: Plan) -> Callable[[ir.Model, Callable[[Mapping[str, Any]],
         from graphopt.feeds import feeds_that_run
 
         if plan.feeds is not None:
-            cases = [plan.feeds[index] for index in range(min(CALIBRATION_CASES, len(plan.feeds)))]
-            return [{**_for_opaque(model, case, seed), **case} for seed, case in enumerate(cases)]
+            cases: list[Mapping[str, Any]] = []
+            for index in range(min(CALIBRATION_CASES, len(plan.feeds))):
+                sample = plan.feeds[index]
+                cases.append({**_for_opaque(model, sample, index), **sample})
+                with failing_on(sample):
+                    run(cases[-1])
+            return cases
         return list(feeds_that_run(model, run))
 
     return make
@@ -45,6 +51,4 @@ def read_feeds(calibration: str | Path | None, model: ir.Model) -> Sequence[Mapp
     """The user's cases, read one at a time; None where there are none."""
     if calibration is None:
         return None
-    from graphopt.calibration import read_calibration
-
     return read_calibration(Path(calibration), list(model.graph.inputs))

@@ -20,6 +20,7 @@ from graphopt.files import load_model, stage_model
 from graphopt.report import Verification
 from graphopt.rewrite.application import Application
 from graphopt.rewrite.contract import Kind
+from graphopt.runtime.ending import limit_of, under
 from graphopt.shapes import infer_shapes
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def check(plan: Plan, attempt: Attempt, candidate: Path) -> Checked:
     assert attempt.watch is not None
     sessions = _open_candidate(candidate, plan.custom_ops)
     exact_soon = bool(sessions) and not attempt.bitwise  # the same bits need no yardstick
-    judgement = attempt.watch.judge(feed_source(plan), source=plan.source, exact_soon=exact_soon)
+    judgement = attempt.watch.judge(
+        feed_source(plan), made_up=plan.feeds is None, source=plan.source, exact_soon=exact_soon
+    )
     if judgement.failed:
         return Checked(Verification(), judgement.failed)
     reference = judgement.reference
@@ -251,7 +254,8 @@ def run_file(
         made = session.result()
     else:
         made = create_session(path, optimized=deployed, threads=1, custom_ops=custom_ops)
-    return [run_case(made, case) for case in reference.feeds]
+    with under(reference.limit):
+        return [run_case(made, case) for case in reference.feeds]
 
 
 def _culprit(plan: Plan, span: Span, attempt: Attempt) -> Application | None:
@@ -295,15 +299,16 @@ def reference_of(plan: Plan, original: ir.Model) -> Reference:
 
     preparation = runnable.prepare(original, has_custom_ops=plan.custom_ops is not None)
     session = session_for(original, custom_ops=plan.custom_ops)
-    given = feed_source(plan)(original, lambda case: run_case(session, narrow_feeds([case], preparation)[0]))
-    return make_reference(
-        original,
-        narrow_feeds(given, preparation),
-        custom_ops=plan.custom_ops,
-        session=session,
-        preparation=preparation,
-        source=plan.source,
-    )
+    with under(limit_of(original, made_up=plan.feeds is None)):
+        given = feed_source(plan)(original, lambda case: run_case(session, narrow_feeds([case], preparation)[0]))
+        return make_reference(
+            original,
+            narrow_feeds(given, preparation),
+            custom_ops=plan.custom_ops,
+            session=session,
+            preparation=preparation,
+            source=plan.source,
+        )
 
 
 def coverage_of(plan: Plan, reference: Reference) -> dict[str, Any]:
@@ -317,6 +322,7 @@ def coverage_of(plan: Plan, reference: Reference) -> dict[str, Any]:
         "random": reference.random,
         "twin": reference.preparation.twin,
         "feeds": "synthesised" if plan.feeds is None else "calibration",
+        "endless": reference.endless,
     }
 
 

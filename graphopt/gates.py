@@ -81,6 +81,11 @@ def require_lossy_effect(records: Sequence[PassRecord], undone: Mapping[str, str
     )
 
 
+def parse_conditions(conditions: str | Sequence[str]) -> list[FailIf]:
+    """Read several conditions, or one alone. Raises BadInput, see `parse_fail_if`."""
+    return [parse_fail_if(text) for text in ((conditions,) if isinstance(conditions, str) else conditions)]
+
+
 def parse_fail_if(text: str) -> FailIf:
     """Read ``METRIC<NUMBER`` (also ``>``, ``<=``, ``>=``).
 

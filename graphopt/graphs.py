@@ -24,6 +24,10 @@ RANDOM = frozenset(
 DECIDES = "graphopt.decides"
 """Metadata of an If: a JSON list of [name of an If that went the same way, or the other way, and is gone, same]."""
 
+PATH = "graphopt.path"
+"""Metadata of an If that asks whether an input goes a path (`graphopt.bundles.specialised`): a JSON list of [name of an
+If, whether it goes to then]."""
+
 GRAPH_ATTRIBUTES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 # The standard operators that carry bodies. Asked for every node in every walk, so the answer must be quick.
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
@@ -268,6 +272,11 @@ def name_control_flow(model: ir.Model) -> None:
 def decided_by(node: ir.Node) -> dict[str, bool]:
     """The Ifs that went the same way as an If (True), or the opposite way, and are gone, by their names."""
     return {str(name): bool(same) for name, same in json.loads(node.metadata_props.get(DECIDES, "[]"))}
+
+
+def path_of(node: ir.Node) -> dict[str, bool]:
+    """The path that an If asks for, by the names of the Ifs on it; empty for one that asks for none."""
+    return {str(name): bool(side) for name, side in json.loads(node.metadata_props.get(PATH, "[]"))}
 
 
 def _named_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -13,7 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.bundles.contents import BundleContents, bundle_contents
 from graphopt.files import load_model
+from graphopt.files.bundle_folder import is_bundle
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview", "ai.onnx.preview.training"})
 FLOAT16_MAX = 65504.0
@@ -147,16 +149,22 @@ class Inspection:
         return fields if values is None else {**fields, "values": values}
 
 
-def inspect(path: str | Path, *, weights: bool = False) -> Inspection:
-    """Look into a model file.
+def inspect(path: str | Path, *, weights: bool = False) -> Inspection | BundleContents:
+    """Look into a model file, or into a bundle.
 
     Args:
-        path: The ``.onnx`` file.
-        weights: Also read every weight and say what its values are like (`Inspection.values`).
+        path: The ``.onnx`` file, or the folder of a bundle.
+        weights: Also read every weight and say what its values are like (`Inspection.values`); of a bundle, whether
+            all of it is as it was written (`BundleContents.changed`).
+
+    Returns:
+        Of a bundle its plan, its blocks and what was counted on it.
 
     Raises:
-        BadInput: The file is no valid model.
+        BadInput: The file is no valid model, or the bundle no whole one.
     """
+    if is_bundle(Path(path)):
+        return bundle_contents(path, weights=weights)
     model = load_model(path)
     found = describe(model, Path(path))
     return replace(found, values=scan_weights(model)) if weights else found

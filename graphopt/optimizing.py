@@ -24,13 +24,14 @@ from graphopt.cases import read_feeds
 from graphopt.checking import Checked, check, check_bundle
 from graphopt.errors import BadInput, GateFailed
 from graphopt.files import StagedSave, load_model, stage_model
-from graphopt.files.folder import bytes_in
+from graphopt.files.folder import bytes_in, check_target
 from graphopt.numerics.blas import single_threaded_blas
 from graphopt.recipes import load_recipes, passes_of
 from graphopt.report import ModelFacts, Report, Verification, environment, facts
 from graphopt.rewrite.contract import Kind
 from graphopt.rewrite.manager import PassRecord
 from graphopt.runtime.session import import_soon
+from graphopt.specialising import Tried, try_lines
 from graphopt.store import Store
 from graphopt.targets import load_target
 
@@ -48,15 +49,15 @@ def optimize(
     path: str | Path,
     out: str | Path | None = None,
     *,
-    recipe: Sequence[str] = ("safe",),
-    settings: Sequence[str] = (),
+    recipe: str | Sequence[str] = ("safe",),
+    settings: str | Sequence[str] = (),
     calibration: str | Path | None = None,
     target: str = "onnxruntime",
     verify: bool = True,
     custom_ops: str | Path | None = None,
     evaluate: str | gates.Metric | None = None,
     minimum: float | None = None,
-    fail_if: Sequence[str] = (),
+    fail_if: str | Sequence[str] = (),
     work: str | Path | None = None,
     per_sample: bool = False,
     progress: Progress | None = None,
@@ -66,7 +67,7 @@ def optimize(
     Args:
         path: The ``.onnx`` file.
         out: Where to write; default: ``NAME.opt.onnx`` beside it, ``NAME.bundle`` with a recipe that makes a bundle.
-        recipe: Names of recipes or YAML files; they compose.
+        recipe: Names of recipes or YAML files, one or several; they compose.
         settings: ``PASS.KEY=VALUE`` each; override the recipes.
         calibration: An ``.npz`` (one array an input, first axis the samples) or a folder (one ``.npz`` a feed).
         target: What the result is to run on.
@@ -100,7 +101,7 @@ def optimize(
         import_soon()
     model = load_model(source)
     before = facts(model, source)
-    conditions = [gates.parse_fail_if(text) for text in fail_if]
+    conditions = gates.parse_conditions(fail_if)
     spec = evaluate if isinstance(evaluate, str) else "the given function"
     metric = gates.load_function(evaluate, "--evaluate") if isinstance(evaluate, str) else evaluate
     if minimum is not None and metric is None:
@@ -149,8 +150,14 @@ def optimize(
                     with single_threaded_blas():
                         checked = check_bundle(plan, attempt, checked, path, say)
                     if plan.feeds is not None and not checked.refused and not checked.needs_preparation:
+                        if not per_sample:
+                            tried = _try_lines(plan, attempt, checked, staged, split_up, destination, stack, say)
+                            made = tried.facts or made
+                            made.trials = tried.trials
+                            result = split_up = tried.bundle or split_up
+                            path = split_up.path
                         say("counting")
-                        write_profile(split_up, plan.feeds, plan.custom_ops)
+                        write_profile(split_up, plan.feeds, plan.custom_ops, made.trials)
                 made.bytes = bytes_in(split_up.version)
             if checked.refused:
                 undone.update(checked.refused)
@@ -195,15 +202,48 @@ def optimize(
     )
 
 
+def _try_lines(
+    plan: Plan,
+    attempt: Attempt,
+    checked: Checked,
+    whole: StagedSave,
+    generic: StagedBundle,
+    destination: Path,
+    stack: ExitStack,
+    say: Progress,
+) -> Tried:
+    """Try straight lines for the paths that the user's inputs often take."""
+    assert plan.feeds is not None
+
+    def load() -> ir.Model:
+        model = load_model(whole.staged_path)
+        graphs.name_control_flow(model)
+        return model
+
+    def verify(bundle: Path) -> bool:
+        with single_threaded_blas():
+            return not check_bundle(plan, attempt, checked, bundle, say).refused
+
+    return try_lines(
+        load,
+        generic,
+        lambda parts: stack.enter_context(stage_bundle(parts, destination)),
+        plan.target,
+        plan.feeds,
+        verify,
+        custom_ops=plan.custom_ops,
+        say=say,
+    )
+
+
 def _destination(source: Path, out: str | Path | None, bundle: bool) -> Path:
-    """Where the result goes; refused where it cannot be a bundle."""
+    """Where the result goes; refused where it cannot be written, before anything is done."""
     name = f"{source.stem}.bundle" if bundle else f"{source.stem}.opt.onnx"
     destination = source.with_name(name) if out is None else Path(out)
     if bundle:
-        if destination.suffix == ".onnx":
-            hint = "give a name without .onnx"
-            raise BadInput("the result is a bundle, which is a folder", where=str(out), hint=hint)
         check_bundle_target(destination)
+    else:
+        check_target(destination)
     return destination
 
 

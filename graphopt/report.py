@@ -42,6 +42,7 @@ class Verification:
         coverage: ``applications`` and how many were ``checked_alone``; ``outputs`` and the ``vacuous`` among them;
             ``opaque`` nodes and nodes ``unchecked`` behind them; ``reference``: what rounding was measured against;
             ``twin``: whether narrow floats were checked through float32; ``feeds``: calibration or synthesised;
+            ``endless``: how many made-up inputs were left out, on which a loop had no end;
             ``ways``, of a bundle: where its decisions went by the feeds and where they were sent
             (`graphopt.bundles.sending.Ways`).
         metric: The user's own metric, before and after, where there is one.

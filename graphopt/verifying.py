@@ -15,13 +15,14 @@ import onnx_ir as ir
 from graphopt import gates
 from graphopt.attempts import Plan, Progress
 from graphopt.bundles import plan as plans
-from graphopt.bundles.folder import is_bundle, read_bundle
+from graphopt.bundles.folder import changed_files, open_bundle, read_bundle
 from graphopt.bundles.ports import port as plan_port
 from graphopt.bundles.rehearsal import rehearse
 from graphopt.cases import read_feeds
 from graphopt.checking import WholeCheck, check_whole, coverage_of, reference_of, says_nothing
 from graphopt.errors import BadInput
 from graphopt.files import load_model, save_model
+from graphopt.files.bundle_folder import is_bundle
 from graphopt.numerics.blas import single_threaded_blas
 from graphopt.report import Verification
 from graphopt.shapes import infer_shapes
@@ -41,12 +42,14 @@ class VerifyReport:
         reason: Why not, in words; empty where it does.
         verification: Distances and coverage.
         differences: Every output and case that does not count as the same.
+        changed: Of a bundle, what is not as it was written, with its path.
     """
 
     passed: bool
     reason: str
     verification: Verification
     differences: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries and lists, ready for ``json.dumps``."""
@@ -61,14 +64,15 @@ def verify(
     calibration: str | Path | None = None,
     custom_ops: str | Path | None = None,
     bitwise: bool = False,
-    fail_if: Sequence[str] = (),
+    fail_if: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Run two models on the same inputs and compare.
 
     A, with the runtime's optimizations off, is the reference; B is run that way and as deployed. B counts as the same
     where every output is no further from A's float64 result than four times A is, plus one eps. Where B is a bundle,
-    both are also sent every way that they can go: each If both ways, loops to no, one and many turns.
+    both are also sent every way that they can go: each If both ways, loops to no, one and many turns. A bundle that was
+    changed since it was written does not pass.
 
     Args:
         a: The reference: a model, or a bundle.
@@ -83,7 +87,9 @@ def verify(
         BadInput: A file or option cannot be used, or B does not take A's inputs and give its outputs.
     """
     start = time.perf_counter()
-    conditions = [gates.parse_fail_if(text) for text in fail_if]
+    for path in (Path(a), Path(b)):
+        _refuse_engines(path)
+    conditions = gates.parse_conditions(fail_if)
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         source = _as_model(Path(a), Path(folder) / "merged.onnx")
         original = load_model(source)
@@ -108,9 +114,30 @@ def verify(
             reason = reason or f"{condition.text} holds"
     if not reason and says_nothing(verification.coverage):
         reason = "vacuous: every output is constant, or nowhere finite, on all inputs tried"
+    changed = [line for path in dict.fromkeys((Path(a), Path(b))) for line in _changed(path)]
+    if not reason and changed:
+        reason = f"changed since it was written: {changed[0]}"
     verification.verdict = "failed" if reason else "passed"
     verification.seconds = time.perf_counter() - start
-    return VerifyReport(not reason, reason, verification, outcome.differences)
+    return VerifyReport(not reason, reason, verification, outcome.differences, changed)
+
+
+def _refuse_engines(path: Path) -> None:
+    engines = [block for block in read_bundle(path)[1].blocks.values() if block.backend] if is_bundle(path) else []
+    if engines:
+        raise BadInput(
+            "its blocks are engines, which ONNX Runtime does not run",
+            where=str(path),
+            hint="verify the bundle that it was built from; on a GPU, graphopt bench compares outputs",
+        )
+
+
+def _changed(path: Path) -> list[str]:
+    """What of a bundle is not as it was written."""
+    if not is_bundle(path):
+        return []
+    opened = open_bundle(path)
+    return [f"{opened.version}: {name}" for name in changed_files(opened.version)]
 
 
 def _compare_model(

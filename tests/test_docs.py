@@ -406,6 +406,31 @@ RESULTS: dict[str, tuple[dict[str, Any], list[str]]] = {
         },
         ["| 32 images, ms |", "| Net | 20+12 | 100 | 104 | 250 | 120 | 1.25 (1.20 to 1.30) |"],
     ),
+    "paths": (
+        {
+            "networks": [
+                {
+                    "title": "Net",
+                    "usual": True,
+                    "images": 30,
+                    "seconds": {"without images": 12.4, "with images": 20.6},
+                    "trials": [
+                        {
+                            "paths": [{"a": True, "b": False}, {"a": False}],
+                            "shares": [0.5, 0.25],
+                            "faster": {**RATIO, "on": 1.5, "off": 0.96},
+                            "kept": True,
+                        },
+                        {"paths": [{"a": True}], "shares": [0.5], "faster": {}, "kept": False, "reason": "why"},
+                    ],
+                }
+            ]
+        },
+        [
+            "| Net | one for nine in ten | 2 and 1 | 75% | 1.50 | 0.96 | 1.25 (1.20 to 1.30) | yes | 12 | 21 |",
+            "|  |  | 1 | 50% |  |  | why | no |  |  |",
+        ],
+    ),
 }
 
 

@@ -74,6 +74,21 @@ def test_without_an_output_it_writes_beside_the_input(net: Path) -> None:
     assert graphopt.verify(net, net.with_name("m.opt.onnx")).passed
 
 
+def test_one_name_stands_for_a_list_of_one(net: Path) -> None:
+    report = graphopt.optimize(net, recipe="safe", settings="merge-duplicates.enabled=false", fail_if="cosine<0.9")
+    assert report.recipe == ["safe"] and "merge-duplicates" not in {record.name for record in report.passes}
+    assert graphopt.bisect(net, recipe="safe", fail_if="max_abs>1") is None
+    assert graphopt.verify(net, net, fail_if="cosine<0.9").passed
+    with pytest.raises(BadInput, match="no recipe 'lowrnk'"):
+        graphopt.optimize(net, recipe="lowrnk")
+
+
+def test_where_nothing_can_be_written_nothing_is_done(net: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizing, "run_attempt", None)
+    with pytest.raises(BadInput, match="no such folder"):
+        graphopt.optimize(net, net.parent / "missing" / "out.onnx")
+
+
 def test_in_place(net: Path) -> None:
     copy = write(ir.load(net), net.parent, "copy.onnx")
     graphopt.optimize(net, net)

@@ -8,26 +8,55 @@ from typing import Any
 
 import numpy as np
 
-from graphopt.benchmarking.inputs import known_inputs
+from graphopt.benchmarking.inputs import known_inputs, samples_plan
+from graphopt.bundles.plan import Plan
+from graphopt.bundles.samples.cutting import count_samples, result_of, sample_of
+from graphopt.calibration import failing_on
 from graphopt.errors import BadInput
 from graphopt.feeds import Feeds
 from graphopt.runtime.loading import Runner
 
 
 def compare(paths: Sequence[Path], runners: Sequence[Runner], feeds: Sequence[Feeds]) -> list[tuple[float, float]]:
-    """For each model, how far its outputs are from the first one's at most, and how large those are."""
+    """For each model, how far its outputs are from the first one's at most, and how large those are.
+
+    Where samples go their own ways in one of the two, what it gives for a sample is compared with what the other gives
+    for that sample alone.
+    """
     found = [(0.0, 0.0) for _ in runners]
+    plans = [samples_plan(path) for path in paths]
     for feed in feeds:
-        reference = runners[0].run(known_inputs(runners[0], feed))
-        largest = max((magnitude(value) for value in reference.values()), default=0.0)
-        for index, (path, runner) in enumerate(zip(paths, runners, strict=True)):
-            outputs = runner.run(known_inputs(runner, feed)) if index else reference
-            if set(outputs) != set(reference):
-                listed = f"{', '.join(reference)} and {', '.join(outputs)}"
-                raise BadInput(f"the models give different outputs: {listed}", where=str(path))
-            apart = max((difference(reference[name], outputs[name]) for name in reference), default=0.0)
-            found[index] = (max(found[index][0], apart), max(found[index][1], largest))
+        with failing_on(feed):
+            reference = _run(runners[0], feed)
+            for index, (path, runner) in enumerate(zip(paths, runners, strict=True)):
+                outputs = _run(runner, feed) if index else reference
+                if set(outputs) != set(reference):
+                    listed = f"{', '.join(reference)} and {', '.join(outputs)}"
+                    raise BadInput(f"the models give different outputs: {listed}", where=str(path))
+                ours, theirs = plans[0], plans[index]
+                pairs = [(reference, outputs)]
+                if ours is not None and theirs is None:
+                    pairs = [(one, alone) for alone, one in _one_by_one(ours, reference, runner, feed)]
+                elif theirs is not None and ours is None:
+                    pairs = _one_by_one(theirs, outputs, runners[0], feed)
+                for expected, got in pairs:
+                    apart = max((difference(expected[name], got[name]) for name in expected), default=0.0)
+                    largest = max((magnitude(value) for value in expected.values()), default=0.0)
+                    found[index] = (max(found[index][0], apart), max(found[index][1], largest))
     return found
+
+
+def _run(runner: Runner, feeds: Feeds) -> dict[str, Any]:
+    return runner.run(known_inputs(runner, feeds))
+
+
+def _one_by_one(
+    plan: Plan, outputs: dict[str, Any], other: Runner, feeds: Feeds
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """For each sample what another model gives for it alone, and what a bundle gave for it among the others."""
+    count = count_samples(plan, feeds)
+    alone = [_run(other, sample_of(plan, feeds, index)) for index in range(count)]
+    return [(one, result_of(plan, outputs, index, count, one)) for index, one in enumerate(alone)]
 
 
 def magnitude(value: Any) -> float:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from graphopt.bundles.contents import bundle_bytes
-from graphopt.bundles.folder import is_bundle, read_bundle
+from graphopt.bundles.folder import read_bundle
 from graphopt.bundles.running import BundleRunner
+from graphopt.files.bundle_folder import is_bundle
 from graphopt.runtime.flavour import onnxruntime_flavour
 from graphopt.runtime.loading import BACKEND_FOR_SUFFIX, OnnxRuntimeRunner, Runner, load
 

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from graphopt.benchmarking.entries import holds_engines, is_engine
-from graphopt.bundles.folder import is_bundle
+from graphopt.bundles.folder import read_bundle
 from graphopt.bundles.merge import merge_bundle
+from graphopt.bundles.plan import Plan
+from graphopt.bundles.running import input_values
+from graphopt.calibration import read_calibration
 from graphopt.errors import BadInput
 from graphopt.feeds import Feeds
+from graphopt.files.bundle_folder import is_bundle
 from graphopt.runtime.loading import Runner
 
 
@@ -44,19 +49,24 @@ def feeds_for(
     calibration: Path | None,
     seed: int,
 ) -> list[Feeds]:
-    """Inputs for all of them: made up from the first ONNX file, of sizes that the engines take."""
+    """Inputs for all of them: made up from the first network that can be read, of sizes that the engines take."""
     engines = [runner for file, runner in zip(files, runners, strict=True) if is_engine(file)]
-    if not engines:
-        return _feeds(files[0], runners[0], shapes, calibration, seed)
-    if calibration is None:
+    if engines and calibration is None:
         best: dict[str, Sequence[int]] = engines[0].shapes_to_try()  # type: ignore[attr-defined]
         shapes = {**best, **(shapes or {})}
-    source = next((index for index, file in enumerate(files) if file.suffix == ".onnx" or _can_merge(file)), None)
+    readable = [index for index, file in enumerate(files) if file.suffix == ".onnx" or _can_merge(file)]
+    # A bundle in which samples go their own ways takes any number of them; what it is compared with may take one.
+    source = next((index for index in readable if samples_plan(files[index]) is None), next(iter(readable), None))
+    if not engines and not is_bundle(files[0]):
+        source = 0
     if source is not None:
         return _feeds(files[source], runners[source], shapes, calibration, seed)
-    if calibration is not None:
+    if calibration is None:
+        return [_plain_feeds(runners[0], shapes or {}, seed)]
+    bundle = next((file for file in files if is_bundle(file)), None)
+    if bundle is None:
         raise BadInput("reading inputs of yours takes an .onnx file", hint="time the engine beside its model")
-    return [_plain_feeds(runners[0], shapes or {}, seed)]
+    return _of_the_user(calibration, shapes, input_values(read_bundle(bundle)[1]))
 
 
 def _plain_feeds(runner: Runner, shapes: Mapping[str, Sequence[int]], seed: int) -> Feeds:
@@ -78,20 +88,30 @@ def _feeds(
     from graphopt.feeds import feeds_that_run
     from graphopt.files.load import load_model
 
-    if path.suffix != ".onnx" and not _can_merge(path):
+    if path.suffix != ".onnx" and not is_bundle(path):
         raise BadInput("the first model must be an .onnx file or a bundle: inputs are made up from it", where=str(path))
-    model = merge_bundle(path) if is_bundle(path) else load_model(path)
+    model = merge_bundle(path, runs=False) if is_bundle(path) else load_model(path)
     if calibration is not None:
-        from graphopt.calibration import read_calibration
-
-        if shapes:
-            raise BadInput("--shapes and --calibration exclude each other")
-        return list(read_calibration(calibration, model.graph.inputs)[:3])
+        return _of_the_user(calibration, shapes, model.graph.inputs)
     return feeds_that_run(model, runner.run, seed=seed, shapes=shapes)
 
 
+def _of_the_user(
+    calibration: Path, shapes: Mapping[str, Sequence[int]] | None, inputs: Sequence[ir.Value]
+) -> list[Feeds]:
+    if shapes:
+        raise BadInput("--shapes and --calibration exclude each other")
+    return list(read_calibration(calibration, inputs)[:3])
+
+
+def samples_plan(path: Path) -> Plan | None:
+    """The plan of a bundle in which samples go their own ways; None for anything else."""
+    plan = read_bundle(path)[1] if is_bundle(path) else None
+    return plan if plan is not None and plan.samples else None
+
+
 def _can_merge(path: Path) -> bool:
-    """Whether a file is a bundle from which inputs can be made up."""
+    """Whether a file is a bundle that tells what its inputs mean, as one network."""
     return is_bundle(path) and not holds_engines(path)
 
 

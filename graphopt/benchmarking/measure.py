@@ -26,7 +26,7 @@ from graphopt.benchmarking.entries import (
     model_bytes,
     name_outputs,
 )
-from graphopt.benchmarking.inputs import check_same_inputs, describe_value, feeds_for, known_inputs
+from graphopt.benchmarking.inputs import check_same_inputs, describe_value, feeds_for, known_inputs, samples_plan
 from graphopt.benchmarking.memory import peak_bytes
 from graphopt.benchmarking.results import BenchResult, ModelTiming
 from graphopt.benchmarking.stats import percentiles, ratio_interval
@@ -127,6 +127,7 @@ def bench(
             max_abs_difference=difference,
             max_abs_output=largest,
             gpu=own.on_gpu(library, first, seed),
+            one_by_one=(samples_plan(files[0]) is None) != (samples_plan(file) is None),
         )
         for file, own, peak, size, library, (difference, largest) in zip(
             files, samples, peaks, sizes, told, differences, strict=True

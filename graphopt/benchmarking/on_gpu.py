@@ -22,6 +22,7 @@ from graphopt.gpu.context import Context
 from graphopt.gpu.driver import find_driver
 from graphopt.gpu.program import Program
 from graphopt.gpu.streams import Stream
+from graphopt.runtime.ending import run_options
 from graphopt.runtime.flavour import import_onnxruntime
 from graphopt.runtime.loading import TensorSpec
 from graphopt.runtime.session import check_feeds, numpy_dtype, reason
@@ -88,7 +89,7 @@ class OnnxCudaRunner(_OnGpu):
             raise GraphoptError(
                 "onnxruntime's CUDA provider does not start", where=str(path), hint="are its CUDA and cuDNN installed?"
             )
-        self._run_options = ort.RunOptions()
+        self._run_options = run_options()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.inputs = tuple(_spec(item) for item in self._session.get_inputs())
         self.outputs = tuple(_spec(item) for item in self._session.get_outputs())

@@ -51,6 +51,8 @@ class ModelTiming:
             shape or a NaN differs.
         max_abs_output: The largest magnitude in the first model's outputs, to judge the difference by.
         gpu: What was measured on the GPU; None for a model on the CPU.
+        one_by_one: Whether its outputs were compared sample by sample: in it or in the first model, samples go their
+            own ways, and the other one ran on each sample alone.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class ModelTiming:
     max_abs_difference: float
     max_abs_output: float
     gpu: GpuTiming | None = None
+    one_by_one: bool = False
 
 
 @dataclass(frozen=True)

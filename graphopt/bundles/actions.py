@@ -11,7 +11,7 @@ from typing import Any
 
 from graphopt.bundles import flow
 from graphopt.bundles.backend import Action, Backend, Call, Compiles, Places
-from graphopt.bundles.course import Course
+from graphopt.bundles.course import Course, decide_bare_turn, runs_nothing
 from graphopt.bundles.plan import Branch, Loop, Port, Run, Stack, Step, lists_in
 
 
@@ -120,9 +120,11 @@ class Actions:
         truth, course = self.backend.truth, self.course
         return truth if course is None else lambda value: course.branch(name, truth(value))
 
-    def _turns_of(self, name: str) -> Callable[[int, bool], bool]:
-        course = self.course
-        return (lambda turn, truth: truth) if course is None else lambda turn, truth: course.turn(name, turn, truth)
+    def _turns_of(self, step: Loop) -> Callable[[int, bool], bool]:
+        course, name = self.course, step.loop
+        if course is not None:
+            return lambda turn, truth: course.turn(name, turn, truth)
+        return decide_bare_turn if runs_nothing(step) else lambda turn, truth: truth
 
     def of_loop(self, step: Loop) -> Action:
         """Runs a list of steps again and again."""
@@ -141,7 +143,7 @@ class Actions:
         body = self.of_steps(step.body, frozenset(flow.results(step, 0)), own)
         again = None if step.again is None else self.at(step.again)
         over = [self.at(name) for name in (*flow.made_in(step.body), *states)]
-        goes_on = self._turns_of(step.loop)
+        goes_on = self._turns_of(step)
         number = None if counter is None else numbers_of_turns(backend, counter[1])
         yes = None if goes is None else backend.scalar(True, goes[1])
         begin, hand_on = _moving(starts), _moving(nexts)

@@ -82,7 +82,7 @@ class ActionsApart(Actions):
             gives=[(index, self.at(state.gives)) for index, state in enumerate(step.state) if state.gives is not None],
             over=[self.at(name) for name in made],
         )
-        return loop_of_each(turns, self.live, self.rows, decide_turn(self.course, step.loop))
+        return loop_of_each(turns, self.live, self.rows, decide_turn(self.course, step))
 
 
 def _always(value: Any) -> Callable[[], Any]:

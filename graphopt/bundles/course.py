@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from graphopt.bundles.backend import Rows, Truths
+from graphopt.bundles.plan import Loop, Run
+from graphopt.runtime import ending
 
 
 class Course(Protocol):
@@ -50,16 +52,33 @@ def decide_branch(course: Course | None, name: str) -> Callable[[Rows, Truths], 
     return lambda samples, truths: _array(course.branch(name, bool(truth)) for truth in truths)
 
 
-def decide_turn(course: Course | None, name: str) -> Callable[[Rows, int, Truths], Truths]:
+def decide_turn(course: Course | None, step: Loop) -> Callable[[Rows, int, Truths], Truths]:
     """How a course decides a turn for samples."""
+    name = step.loop
     if course is None:
-        return lambda samples, turn, truths: truths
+        return _decide_bare_turns if runs_nothing(step) else lambda samples, turn, truths: truths
     if isinstance(course, SampleCourse):
         ask = course.turn_of
         return lambda samples, turn, truths: _array(
             ask(name, int(sample), turn, bool(truth)) for sample, truth in zip(samples, truths, strict=True)
         )
     return lambda samples, turn, truths: _array(course.turn(name, turn, bool(truth)) for truth in truths)
+
+
+def runs_nothing(step: Loop) -> bool:
+    """Whether a loop may take turns without running a block."""
+    return not any(isinstance(inner, Run) for inner in step.body)
+
+
+def decide_bare_turn(turn: int, truth: bool) -> bool:
+    """How a loop that may run nothing goes on without a course: others notice at a block that their run was ended."""
+    ending.go_on()
+    return truth
+
+
+def _decide_bare_turns(samples: Rows, turn: int, truths: Truths) -> Truths:
+    ending.go_on()
+    return truths
 
 
 def _array(truths: Iterable[bool]) -> Truths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ def draw(plan: Plan, profile: Profile | None = None, *, whole: bool = False) -> 
         profile: What was counted on it.
         whole: Whether names and lists of values are written out, however long they are.
     """
-    drawing = _Drawing(plan, profile, whole)
+    drawing = _Drawing(plan, profile, whole, {} if whole else shortened(_names(plan)))
     inputs = drawing.values(port.name for port in plan.inputs)
     renamed = [drawing.pair(name, value) for name, value in plan.gives.items()]
     told = "" if profile is None else _times(profile.inputs, "input")
@@ -61,6 +62,7 @@ class _Drawing:
     plan: Plan
     profile: Profile | None
     whole: bool
+    shorter: dict[str, str]
 
     def steps(self, steps: Sequence[Step], depth: int) -> Iterator[Line]:
         for step in steps:
@@ -79,7 +81,8 @@ class _Drawing:
     def branch(self, step: Branch, depth: int) -> Iterator[Line]:
         sides = None if self.profile is None else self.profile.branches.get(step.branch)
         then, otherwise = (0, 0) if sides is None else (sides.then, sides.otherwise)
-        head = f"if {self.short(step.condition)}{_EACH if step.each else ''}:  [{self.short(step.branch)}]"
+        told = f", {len(step.path)} decisions" if step.path else ""
+        head = f"if {self.short(step.condition)}{_EACH if step.each else ''}:  [{self.short(step.branch)}{told}]"
         for inner, (word, steps, taken) in enumerate(((head, step.then, then), ("else:", step.otherwise, otherwise))):
             yield Line(depth, word, "" if self.profile is None else _part(taken, then + otherwise))
             yield from self.steps(steps, depth + 1)
@@ -124,8 +127,46 @@ class _Drawing:
         return f"{', '.join(texts[:_MOST_VALUES])} and {len(texts) - _MOST_VALUES:,} more"
 
     def short(self, name: str) -> str:
-        """The end of a long name, which tells values apart better than its beginning."""
-        return name if self.whole or len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+        return self.shorter.get(name, name)
+
+
+def shortened(names: Iterable[str], width: int = _NAME) -> dict[str, str]:
+    """Long names shortened, no two of them alike.
+
+    The end of a name tells values apart better than its beginning. Where several end alike their beginnings are shown
+    too, and where that is not enough a number.
+    """
+    long = [name for name in dict.fromkeys(names) if len(name) > width]
+    ends = Counter(name[3 - width :] for name in long)
+    half = (width - 3) // 2
+    taken: dict[str, str] = {}
+    for name in long:
+        end = f"...{name[3 - width :]}"
+        short = base = end if ends[name[3 - width :]] == 1 else f"{name[:half]}...{name[half + 3 - width :]}"
+        number = 1
+        while short in taken:
+            number += 1
+            short = f"{base}#{number}"
+        taken[short] = name
+    return {name: short for short, name in taken.items()}
+
+
+def _names(plan: Plan) -> Iterator[str]:
+    """Every name that is drawn."""
+    yield from (port.name for port in plan.inputs)
+    yield from (name for pair in plan.gives.items() for name in pair)
+    for step in walk(plan.steps):
+        if isinstance(step, Run):
+            yield from (*step.reads.values(), *step.makes.values())
+        elif isinstance(step, Branch):
+            yield from (step.branch, step.condition)
+            yield from (name for gives, pair in step.gives.items() for name in (gives, *pair))
+        else:
+            told = (step.loop, step.trips, step.condition, step.again, step.counter and step.counter.name)
+            states = [name for state in step.state for name in (state.name, state.start, state.next, state.gives)]
+            parts = [name for part in step.slices for name in (part.name, part.of)]
+            stacks = [name for stack in step.stacks for name in (stack.each, stack.gives)]
+            yield from (name for name in (*told, *states, *parts, *stacks) if name)
 
 
 def _part(count: int, of: int) -> str:

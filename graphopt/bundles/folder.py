@@ -29,15 +29,17 @@ from graphopt.bundles.plan import Block, Plan
 from graphopt.bundles.schema import read_json
 from graphopt.bundles.split import Split
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.files.bundle_folder import CURRENT, PLAN, is_bundle
 from graphopt.files.external import external_sizes
 from graphopt.files.folder import STAGING_SUFFIX, as_one_line, check_folder, locked, make_staging
 from graphopt.files.placement import Slot, goes_outside, tensor_slots
 from graphopt.files.writing import saved_form, serialise, write_data, write_file
 
-CURRENT, PLAN = "current", "plan.json"
 _VERSION = 16
 _PART = 1 << 20
 _WEIGHTS = "weights"
+_DATA = ".data"
+_FILES = (".onnx", ".ort", ".engine", ".plan", ".trt")  # what is called so is taken for a model, not for a folder
 
 
 def write_bundle(parts: Split, bundle: str | Path, *, files: Iterable[Path] = ()) -> Path:
@@ -161,8 +163,12 @@ def check_bundle_target(target: Path) -> None:
     """Refuse a place that a bundle cannot be written to.
 
     Raises:
-        BadInput: There is something else than a bundle, its folder is not there, or may not be written to.
+        BadInput: There is something else than a bundle, the name is one of a file, its folder is not there, is that of
+            another bundle, or may not be written to.
     """
+    if target.suffix in _FILES:
+        what = "the result is a bundle, which is a folder"
+        raise BadInput(what, where=str(target), hint=f"give a name without {target.suffix}")
     if target.exists() and not is_bundle(target) and (not target.is_dir() or any(target.iterdir())):
         raise BadInput("is no bundle, and would be replaced", where=str(target), hint="give another name")
     check_folder(target.parent)
@@ -193,11 +199,6 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def is_bundle(path: Path) -> bool:
-    """Whether a folder is a bundle."""
-    return (path / CURRENT).is_file()
 
 
 class OpenBundle:
@@ -325,13 +326,34 @@ def _write_blocks(parts: Split, staging: Path, target: Path) -> None:
             slot.put(slot.tensor)
 
 
+def changed_files(version: Path) -> list[str]:
+    """What in a version is not as it was written, in words. Reads all of it, in parts.
+
+    The name of a file of weights ends with a hash of its content, and the version is called by a hash of all else.
+    """
+    found = []
+    for data in sorted(version.glob(f"*{_DATA}")):
+        digest = xxhash.xxh3_128()
+        _add(digest, data)
+        if digest.hexdigest() != data.stem.rpartition(".")[2]:
+            found.append(data.name)
+    # A name that was taken got a number behind it.
+    if _digest(version) != version.name.partition("-")[0]:
+        found.append("a file beside the weights")
+    return found
+
+
 def _digest(folder: Path) -> str:
     """Of all that is in a folder: weights by their names, which tell their content."""
     digest = xxhash.xxh3_128()
     for name in sorted(path.name for path in folder.iterdir()):
         digest.update(name.encode())
-        if not name.endswith(".data"):
-            with (folder / name).open("rb") as file:
-                while part := file.read(_PART):
-                    digest.update(part)
+        if not name.endswith(_DATA):
+            _add(digest, folder / name)
     return digest.hexdigest()[:_VERSION]
+
+
+def _add(digest: xxhash.xxh3_128, path: Path) -> None:
+    with path.open("rb") as file:
+        while part := file.read(_PART):
+            digest.update(part)

@@ -7,13 +7,14 @@ no input sends them different ways, and passes may rely on that. They are forced
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from graphopt import graphs
+from graphopt.runtime import ending
 
 NATURAL = -1
 PREFIX = "force/"
@@ -138,6 +139,7 @@ def ways(
     there: Collection[str],
     turns: Mapping[str, int] | None = None,
     decided: Mapping[str, Mapping[str, bool]] | None = None,
+    paths: Iterable[Mapping[str, bool]] = (),
 ) -> list[Way]:
     """The ways to try: every side of every If, each Loop with no, one and the most turns, and all alike.
 
@@ -149,6 +151,7 @@ def ways(
         there: The names of those that can be forced in what it is compared with.
         turns: For loops without a constant limit, the most turns to try; default 2.
         decided: Decisions that are there -> those that are gone and went the same way (True) or the opposite one.
+        paths: Sides of several Ifs at once, to be tried too.
     """
     together = _Together(found, decided or {})
     targets = [decision for decision in found if decision.name in there]
@@ -162,6 +165,8 @@ def ways(
         most = decision.limit if decision.limit is not None else (turns or {}).get(decision.name, 2)
         for goes in dict.fromkeys((0, 1, most)) if decision.is_loop else (1, 0):
             keep(_way([*decision.inside, (decision.name, goes)], together, there))
+    for path in paths:
+        keep(_way([(name, int(side)) for name, side in path.items()], together, there))
     for goes in (1, 0):
         every: Way = {}
         for decision in targets:
@@ -323,6 +328,7 @@ class Forced:
     def turn(self, name: str, number: int, truth: bool) -> bool:
         free = truth and not (self.way and number >= FREE_TURNS)
         goes = number < self.way[name] if name in self.way else free
+        ending.turn(name, goes=goes)
         if not goes:
             self.turns.setdefault(name, set()).add(number)
         return goes

@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graphopt.bundles.counting import count
 from graphopt.bundles.folder import StagedBundle
 from graphopt.bundles.plan import walk
-from graphopt.bundles.profile import PROFILE, Counts
-from graphopt.bundles.running import BundleRunner
+from graphopt.bundles.profile import PROFILE, Trial
 from graphopt.bundles.samples import for_samples
 from graphopt.bundles.split import Split, split
 from graphopt.bundles.superblocks import super_blocks
@@ -31,6 +31,7 @@ class BundleFacts:
         shared: How many runs take a block that an earlier one has.
         bytes: On disk: of all files beside the plan, and the plan.
         kept: If, Loop and Scan that stay inside a block, and why.
+        trials: Straight lines that were tried out for paths that the user's inputs take.
     """
 
     blocks: int
@@ -38,6 +39,7 @@ class BundleFacts:
     shared: int
     bytes: int = 0
     kept: dict[str, str] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
 
 
 def make_parts(model: ir.Model, target: Target, *, per_sample: bool = False) -> tuple[Split, BundleFacts]:
@@ -59,11 +61,13 @@ def make_parts(model: ir.Model, target: Target, *, per_sample: bool = False) -> 
     return parts, BundleFacts(len(parts.blocks), sum(1 for _ in walk(parts.plan.steps)), parts.shared, kept=kept)
 
 
-def write_profile(staged: StagedBundle, feeds: Sequence[Mapping[str, Any]], custom_ops: Path | None = None) -> None:
+def write_profile(
+    staged: StagedBundle,
+    feeds: Sequence[Mapping[str, Any]],
+    custom_ops: Path | None = None,
+    trials: Sequence[Trial] = (),
+) -> None:
     """Run a bundle on all feeds, and keep beside its plan how often each block ran and where decisions went."""
-    counts = Counts()
-    runner = BundleRunner(staged.path, course=counts, custom_ops=custom_ops)
-    for index in range(len(feeds)):  # read one at a time
-        runner.run(feeds[index])
-        counts.profile.inputs += 1
-    write_file(staged.version / PROFILE, counts.profile.to_json().encode(), staged.path)
+    profile = count(staged.path, feeds, custom_ops=custom_ops)
+    profile.trials = [*trials]
+    write_file(staged.version / PROFILE, profile.to_json().encode(), staged.path)

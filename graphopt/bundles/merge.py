@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.bundles.extracting import copy_node
-from graphopt.bundles.folder import read_bundle
+from graphopt.bundles.folder import open_bundle
 from graphopt.bundles.plan import Branch, Loop, Plan, Port, Run, Step, walk
 from graphopt.bundles.ports import shape_of, type_of, value_of
 from graphopt.bundles.split import SPLIT
@@ -26,17 +26,24 @@ from graphopt.files.placement import storage_key
 _SMALL = 1024
 """Weights up to so many bytes are the same where their content is."""
 _NEWEST_IR = 10
+_HELD = "graphopt.bundles.merge.held"
 
 Values = dict[str, ir.Value]
 
 
-def merge_bundle(bundle: str | Path) -> ir.Model:
-    """A bundle as one network. Its weights are read when they are asked for.
+def merge_bundle(bundle: str | Path, *, runs: bool = True) -> ir.Model:
+    """A bundle as one network. Its weights are read when they are asked for; its version stays as long as the network.
+
+    Args:
+        bundle: Its folder.
+        runs: Whether the network is to be run. One that is only looked at, for what its inputs mean, may be of a bundle
+            in which samples go their own ways.
 
     Raises:
         BadInput: It is no bundle, a block of it is an engine, or its plan does what no ONNX operator does.
     """
-    version, plan = read_bundle(bundle)
+    opened = open_bundle(bundle)
+    plan = opened.plan
     engines = [block.file for block in plan.blocks.values() if not block.file.endswith(".onnx")]
     if engines:
         raise BadInput(
@@ -44,26 +51,34 @@ def merge_bundle(bundle: str | Path) -> ir.Model:
             where=str(bundle),
             hint="merge the bundle that it was built from",
         )
-    return merge(plan, {name: load_model(version / block.file) for name, block in plan.blocks.items()})
+    try:
+        blocks = {name: load_model(opened.version / block.file) for name, block in plan.blocks.items()}
+        model = merge(plan, blocks, runs=runs)
+    except BadInput as refused:
+        raise BadInput(refused.what, where=refused.where or str(bundle), hint=refused.hint) from refused
+    model.graph.meta[_HELD] = opened  # of the graph, as what clones a model takes it along
+    return model
 
 
-def merge(plan: Plan, blocks: Mapping[str, ir.Model]) -> ir.Model:
+def merge(plan: Plan, blocks: Mapping[str, ir.Model], *, runs: bool = True) -> ir.Model:
     """A plan and its blocks as one network.
 
     Args:
         plan: What runs when.
         blocks: Name -> static network; unchanged. Their weights are those of the network that is returned, not copies.
+        runs: As for `merge_bundle`.
 
     Raises:
         BadInput: The plan does what no ONNX operator does.
     """
-    return _Merger(plan, blocks).merge()
+    return _Merger(plan, blocks, runs).merge()
 
 
 @dataclass
 class _Merger:
     plan: Plan
     blocks: Mapping[str, ir.Model]
+    runs: bool
     weights: dict[object, ir.Value] = field(default_factory=dict)
     described: dict[str, Port] = field(default_factory=dict)
 
@@ -74,9 +89,10 @@ class _Merger:
                 self.describe(step)
                 continue
             turns.append(step)
-            if step.each:
+            if step.each and self.runs:
+                name = step.branch if isinstance(step, Branch) else step.loop
                 raise BadInput(
-                    "samples go ways of their own in it, which no ONNX operator lets them",
+                    f"samples go their own ways at '{name}', and no ONNX operator lets them",
                     hint="merge a bundle that was made without --per-sample",
                 )
         values: Values = {}
@@ -208,6 +224,8 @@ class _Merger:
         node = ir.Node("", "If", [values[step.condition]], bodies, outputs=outputs, name=step.branch)
         if step.decides:
             node.metadata_props[graphs.DECIDES] = json.dumps([*step.decides.items()])
+        if step.path:
+            node.metadata_props[graphs.PATH] = json.dumps([*step.path.items()])
         return node
 
     def loop(self, step: Loop, values: Values) -> ir.Node:

@@ -15,6 +15,7 @@ from graphopt.bundles.arrays import merge_into, merged_shape, number_as, stack_o
 from graphopt.bundles.backend import Action, Call, Part, Rows, RunBlock, Truths
 from graphopt.bundles.plan import Port
 from graphopt.errors import GraphoptError
+from graphopt.runtime.ending import run_options
 from graphopt.runtime.flavour import import_onnxruntime
 from graphopt.runtime.session import from_ort_value, numpy_dtype, reason, to_ort_value
 
@@ -30,6 +31,10 @@ class OrtBackend:
 
     Args:
         session: How a block's session is made.
+
+    Attributes:
+        options: Of the runs of all blocks.
+        runs: How often each block has run.
     """
 
     def __init__(self, session: Callable[[str], Any]) -> None:
@@ -39,7 +44,7 @@ class OrtBackend:
         self._wrap = ort.OrtValue
         some = to_ort_value(np.zeros(1, np.float32))._ortvalue
         self._native = type(some).ortvalue_from_numpy
-        self._options = ort.RunOptions()  # without them the runtime makes some for every call, a fifth of what it costs
+        self.options = run_options()  # without them the runtime makes some for every call, a fifth of what it costs
         self._cpu = ort.OrtDevice.make("cpu", 0)._get_c_device()
         self.runs: dict[str, int] = {}
 
@@ -78,7 +83,7 @@ class OrtBackend:
 
         It is written as Python once: what a loop over steps, inputs and outputs costs would be half of a call.
         """
-        known: dict[str, Any] = {"runs": self.runs, "told": _told, "options": self._options}
+        known: dict[str, Any] = {"runs": self.runs, "told": _told, "options": self.options}
         lines = ["def action(places):"]
         for index, call in enumerate(calls):
             self.runs.setdefault(call.block, 0)

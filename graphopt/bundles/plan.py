@@ -78,6 +78,8 @@ class Branch(_Part):
         then, otherwise: What to do.
         gives: Value -> what it is after ``then``, and after ``otherwise``.
         decides: Branches that the network had and that went the same way (true) or the opposite one.
+        path: Where ``then`` is a straight line for a path: the branches on it, and whether they go to ``then``. They
+            are in ``otherwise``.
         each: Whether the condition has one boolean for each sample, and samples go apart.
     """
 
@@ -87,6 +89,7 @@ class Branch(_Part):
     otherwise: list[Step] = Field(default=[], alias="else")
     gives: dict[str, tuple[str, str]] = {}
     decides: dict[str, bool] = {}
+    path: dict[str, bool] = {}
     each: bool = False
 
 

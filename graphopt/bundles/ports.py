@@ -27,14 +27,14 @@ def port(value: ir.Value) -> Port:
     if value.type is None:
         raise BadInput(f"the type of the value '{value.name}' is not known", hint="declare it, or run shape inference")
     shape = trusted_shape(value)
-    return Port(name=value.name or "", type=type_text(value.type), shape=None if shape is None else _sizes(shape))
+    return Port(name=value.name or "", type=type_text(value.type), shape=sizes_of(shape))
 
 
 def declared(value: ir.Value) -> Port:
     """As `port`, with the shape that is declared where none is known: as told by the network, or where nothing ran."""
     made = port(value)
     if made.shape is None and value.shape is not None:
-        made.shape = _sizes(value.shape)
+        made.shape = sizes_of(value.shape)
     return made
 
 
@@ -75,5 +75,6 @@ def type_of(text: str) -> ir.TypeProtocol:
     return ir.TensorType(_TYPES.get(inner) or ir.DataType[inner.upper()])
 
 
-def _sizes(shape: ir.Shape) -> list[Size]:
-    return [size if isinstance(size, int) else size.value for size in shape]
+def sizes_of(shape: ir.Shape | None) -> list[Size] | None:
+    """The sizes that a plan writes down."""
+    return None if shape is None else [size if isinstance(size, int) else size.value for size in shape]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -48,6 +48,40 @@ class Turns(_Part):
     most: int = 0
 
 
+class Trial(_Part):
+    """A straight line for paths, tried out (`graphopt.bundles.specialised`).
+
+    Attributes:
+        paths: The Ifs on each path, and whether they go to ``then``.
+        shares: Of the inputs, how many go each.
+        faster: How many times as fast as without it, by processor time over all inputs; with the interval, and on
+            inputs that go the path or none of them; empty where it was not timed.
+        kept: Whether it is in the bundle.
+        reason: Why it is not, or was not timed.
+    """
+
+    paths: list[dict[str, bool]]
+    shares: list[float]
+    faster: dict[Literal["value", "low", "high", "on", "off"], float] = {}
+    kept: bool = False
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return self.model_dump()
+
+    def told(self) -> str:
+        """In words, for people; one line."""
+        several = f"{len(self.paths)} paths" if len(self.paths) > 1 else "a path"
+        counts = "+".join(str(len(path)) for path in self.paths)
+        what = f"{several} of {counts} decisions, taken by {sum(self.shares):.0%} of the inputs"
+        if not self.faster:
+            return f"{what}: {self.reason}"
+        found = self.faster
+        told = f"as a straight line {found['value']:.2f} times as fast ({found['low']:.2f} to {found['high']:.2f})"
+        return f"{what}: {told}, {'kept' if self.kept else f'not kept: {self.reason}'}"
+
+
 class Profile(_Part):
     """What was counted.
 
@@ -56,6 +90,7 @@ class Profile(_Part):
         inputs: How many inputs were run.
         runs: For each run of the plan, by the first value that it makes, how often it was done.
         branches, loops: By the names that they have in the plan.
+        trials: Straight lines that were tried out.
     """
 
     version: Literal[1] = 1
@@ -63,6 +98,7 @@ class Profile(_Part):
     runs: dict[str, int] = {}
     branches: dict[str, Sides] = {}
     loops: dict[str, Turns] = {}
+    trials: list[Trial] = []
 
     def to_json(self) -> str:
         """As it is written to a file."""

@@ -22,6 +22,7 @@ from graphopt.bundles.running import BundleRunner
 from graphopt.bundles.samples.rehearsal import rehearse_samples
 from graphopt.bundles.sending import Original, Outcome, Rehearsal, reached, told
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.runtime.ending import under
 from graphopt.verification.tolerance import Distance
 from graphopt.verification.whole import Measure, Reference, compare
 
@@ -58,8 +59,16 @@ def rehearse(
             hint="give its library with --custom-ops, or skip the check with --no-verify",
         )
     if read_bundle(bundle)[1].samples:
-        return rehearse_samples(reference, original, bundle, measure_only=measure_only, say=say)
+        with under(reference.limit):
+            return rehearse_samples(reference, original, bundle, measure_only=measure_only, say=say)
     judge = _Judge(bundle, reference, bitwise, measure_only)
+    with under(reference.limit):
+        return _rehearse(reference, original, judge, say)
+
+
+def _rehearse(
+    reference: Reference, original: Callable[[], ir.Model], judge: _Judge, say: Callable[[str], None]
+) -> Outcome:
     outcome = Outcome(judge(reference, {}, reference.feeds), judge.worst, judge.forced)
     found = outcome.ways
     seen = judge.plain.course
@@ -90,6 +99,11 @@ class _Judge:
         self._unwatched = None if twin else BundleRunner(bundle, 1, custom_ops=custom_ops)
         self.worst, self.forced = Measure(), Measure()
 
+    def send_lines_as_told(self, names: set[str]) -> None:
+        """Straight lines that the network has as well are sent where a way says, as any other decision."""
+        for one in (self.plain, self._deployed):
+            one.paths = {line: path for line, path in one.paths.items() if line not in names}
+
     def __call__(self, expected: Reference, way: Way, cases: Sequence[Mapping[str, Any]]) -> list[str]:
         """What does not count as the same."""
         lines: list[str] = []
@@ -119,12 +133,13 @@ def _force_all(
     found.free = sorted({decision.name for decision in known} - there - gone)
     if not known:
         return
+    judge.send_lines_as_told({decision.name for decision in known})
     if graphs.opset(model) < forcing.OLDEST:
         found.refused = f"opset {graphs.opset(model)} has no operators to force decisions with"
         return
     original = Original(model, custom_ops=reference.custom_ops, random=reference.random, like=reference)
     most = {name: max(counts["inputs"], default=0) + 1 for name, counts in found.turns.items()}
-    todo = forcing.ways(known, there, most, judge.plain.decided)
+    todo = forcing.ways(known, there, most, judge.plain.decided, judge.plain.paths.values())
     for number, way in enumerate(todo):
         say(f"way {number + 1} of {len(todo)}")
         cases = [reference.feeds[number % len(reference.feeds)]]

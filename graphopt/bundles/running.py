@@ -21,6 +21,7 @@ from graphopt.bundles.plan import Plan
 from graphopt.bundles.ports import spec_of, value_of
 from graphopt.bundles.profile import likely_blocks, read_profile
 from graphopt.bundles.sessions import Sessions
+from graphopt.runtime.ending import current_limit, run_to_end
 from graphopt.runtime.loading import Runner
 from graphopt.runtime.session import check_feeds, create_session
 
@@ -80,9 +81,13 @@ class BundleRunner:
 
         Raises:
             BadInput: Wrong feeds.
+            Endless: It took longer than the limit that runs are under here (`runtime.ending`).
             GraphoptError: A block failed; with its name.
         """
-        return self.bind(feeds)()
+        call = self.bind(feeds)
+        if current_limit() is None:
+            return call()
+        return run_to_end(lambda options: call(), None if self._fast is None else self._fast.options)
 
     def bind(self, feeds: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
         """Check feeds once; the function returned runs the network on them, and nothing but that."""

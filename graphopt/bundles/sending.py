@@ -12,14 +12,16 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.bundles import forcing
-from graphopt.bundles.folder import read_bundle
+from graphopt.bundles.folder import open_bundle
 from graphopt.bundles.forcing import PREFIX, Forced
 from graphopt.bundles.host import Program
 from graphopt.bundles.ort import OrtBackend
 from graphopt.bundles.plan import Branch, Loop, Plan, Port, Run, walk
 from graphopt.bundles.running import backend_for
+from graphopt.bundles.specialised import copy_name
 from graphopt.errors import BadInput
 from graphopt.files import load_model
+from graphopt.runtime.ending import current_limit, run_to_end
 from graphopt.shapes import infer_shapes
 from graphopt.verification import runnable
 from graphopt.verification.whole import Measure, Reference, narrow_feeds, run_case, session_for
@@ -82,6 +84,7 @@ class Rehearsal:
         branches, loops: Decisions of the plan.
         inside: Decisions in blocks.
         decided: Decision -> Ifs that the network had and that went the same way (True) or the opposite one.
+        paths: Branch that asks for a path -> that path.
     """
 
     def __init__(
@@ -93,7 +96,8 @@ class Rehearsal:
         twin: bool = False,
         course: Forced | None = None,
     ) -> None:
-        version, plan = read_bundle(bundle)
+        self._opened = open_bundle(bundle)  # whose weights are read while this is there
+        version, plan = self._opened.version, self._opened.plan
         engines = [block.file for block in plan.blocks.values() if block.backend is not None]
         if engines:
             hint = "verify the bundle that it was built from"
@@ -105,6 +109,7 @@ class Rehearsal:
         for step in walk(plan.steps):
             if isinstance(step, Branch):
                 self.decided.setdefault(step.branch, {}).update(step.decides)
+        self.paths = {s.branch: s.path for s in walk(plan.steps) if isinstance(s, Branch) and s.path}
         blocks: dict[str, ir.Model] = {}
         held: dict[str, list[str]] = {}
         for name, block in plan.blocks.items():
@@ -134,15 +139,30 @@ class Rehearsal:
 
     def run(self, feeds: Mapping[str, Any], way: Mapping[str, int] | None = None) -> dict[str, Any]:
         """Run once, sent a way; arrays by output name out."""
-        self.course.way = way or {}
+        self.course.way = on_lines(way or {}, self.paths)
         sent = {f"{PREFIX}{name}": np.array(forcing.sent(name, self.course.way)) for name in self.inside}
         given = {**feeds, **sent}
         backend = self._backend
         if not isinstance(backend, OrtBackend):
-            return self._program.run(given)
+            return run_to_end(lambda options: self._program.run(given))
         arrays = {name: np.asarray(value) for name, value in given.items()}
-        found = self._program.run({name: backend.value(array) for name, array in arrays.items()})
+        values = {name: backend.value(array) for name, array in arrays.items()}
+        found = run_to_end(lambda options: self._program.run(values), backend.options)
         return {name: np.array(backend.array(value)) for name, value in found.items()}
+
+
+def on_lines(way: Mapping[str, int], paths: Mapping[str, Mapping[str, bool]]) -> dict[str, int]:
+    """A way of a network, for its straight lines too: sent down one are the ways that lie on its path.
+
+    Args:
+        way: Of the network; empty: as the values say, and the lines then as well.
+        paths: Branch that asks for a path -> that path.
+    """
+    made = dict(way)
+    for line, path in paths.items() if way else ():
+        made[line] = int(all(way.get(name) == side for name, side in path.items()))
+        made.update((copy_name(name, line), goes) for name, goes in way.items())
+    return made
 
 
 def _hand_in(plan: Plan, held: Mapping[str, Sequence[str]]) -> None:
@@ -205,6 +225,7 @@ class Original:
             self._custom_ops,
             forced=True,
             like=[*self._known],
+            limit=current_limit(),
         )
         self._known.append(made)
         return made

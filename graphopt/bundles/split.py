@@ -15,6 +15,7 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.bundles.extracting import can_be_shared, content_of, extract, hand_on, named
 from graphopt.bundles.flow import begun_with, makes, reads
+from graphopt.bundles.parts import Parts, part_of_stack, parts_as_told
 from graphopt.bundles.plan import Block, Branch, Loop, Plan, Run, Slice, Stack, State, Step, walk
 from graphopt.bundles.ports import declared, like, port
 from graphopt.bundles.rows import SAMPLES
@@ -66,14 +67,16 @@ def split(model: ir.Model, *, keep: Keep = lambda node: False) -> Split:
     graphs.make_names_unique(model)
     graphs.name_control_flow(model)
     _rename_constants(model)
+    parts = parts_as_told(model)
     infer_shapes(model)
-    return _Splitter(model, keep).split()
+    return _Splitter(model, keep, parts).split()
 
 
 @dataclass
 class _Splitter:
     model: ir.Model
     keep: Keep
+    parts: Parts
     blocks: dict[str, ir.Model] = field(default_factory=dict)
     described: dict[str, Block] = field(default_factory=dict)
     known: dict[str, tuple[str, list[str], list[str]]] = field(default_factory=dict)
@@ -148,6 +151,7 @@ class _Splitter:
                 "else": otherwise,
                 "gives": gives,
                 "decides": graphs.decided_by(node),
+                "path": graphs.path_of(node),
                 "each": SAMPLES in node.metadata_props,
             }
         )
@@ -173,7 +177,7 @@ class _Splitter:
             goes=declared(goes) if _is_asked(goes, spared or ()) else None,
             state=_states(carried, starts, results[1:], node.outputs),
             stacks=[
-                Stack(each=each, gives=given.name or "", part=declared(part))
+                Stack(each=each, gives=given.name or "", part=part_of_stack(part, self.parts))
                 for part, each, given in rows
                 if given.name in used
             ],
@@ -211,7 +215,13 @@ class _Splitter:
                 )
             ],
             stacks=[
-                Stack(each=each, gives=given.name or "", axis=axis, backwards=bool(direction), part=declared(part))
+                Stack(
+                    each=each,
+                    gives=given.name or "",
+                    axis=axis,
+                    backwards=bool(direction),
+                    part=part_of_stack(part, self.parts),
+                )
                 for part, each, given, axis, direction in zip(
                     body.outputs[carried:],
                     results[carried:],

@@ -56,8 +56,8 @@ def _reason(node: ir.Node, beside: float, model: ir.Model, target: Target) -> st
     """Why a node stays inside a block; nothing where it is cut."""
     if not can_split(node, model):
         return f"{node.op_type} of opset {graphs.opset(model)} has a batch axis of its own"
-    if not target.control_flow.in_blocks or samples_part(node):
-        return ""
+    if not target.control_flow.in_blocks or samples_part(node) or graphs.path_of(node):
+        return ""  # a side with a path and one with all others, in one block, would be loaded at once
     work = [target.cost(body) for body in graphs.subgraphs(node)]
     turns = 1 if node.op_type == "If" else _turns(node)
     around = beside + turns * sum(work) / len(work)

@@ -32,6 +32,7 @@ from graphopt.engines.profiles import (
 from graphopt.engines.report import BuildResult, EngineTensor, hash_file, is_report, report_path, write_report
 from graphopt.engines.spawning import NotLoaded, OnLog, OnProgress, run_child
 from graphopt.errors import BadInput, GraphoptError, MissingDependency, install_hint
+from graphopt.files.bundle_folder import is_bundle
 from graphopt.files.folder import check_target
 from graphopt.inlining import inline_all
 
@@ -122,8 +123,6 @@ def build_engine(
         GateFailed: With its plugin nodes the model does not compute the same.
         GraphoptError: The library refuses the model, or crashed; nothing was written.
     """
-    from graphopt.bundles.folder import is_bundle
-
     if is_bundle(Path(model)):
         raise BadInput("is a bundle", where=str(model), hint="graphopt.engines.build_bundle builds its blocks")
     sizes = _Sizes(tuple(shapes), calibration, Seen(), buckets)

@@ -34,6 +34,7 @@ def verify_lowered(source: Path, lowered: ir.Model, feeds: Sequence[Mapping[str,
     from graphopt.checking import coverage_of, reference_of, says_nothing
     from graphopt.engines.plugins import twin
     from graphopt.files.load import load_model
+    from graphopt.runtime.ending import under
     from graphopt.shapes import infer_shapes
     from graphopt.targets import load_target
     from graphopt.verification import runnable
@@ -52,7 +53,8 @@ def verify_lowered(source: Path, lowered: ir.Model, feeds: Sequence[Mapping[str,
         runnable.prepare(lowered, has_custom_ops=False)
     try:
         session = session_for(lowered)
-        results = [run_case(session, case) for case in reference.feeds]
+        with under(reference.limit):
+            results = [run_case(session, case) for case in reference.feeds]
     except GraphoptError as error:  # the original did run
         raise _failed(source, error.what) from error
     differences, worst = compare(reference, results, bitwise=False)

@@ -11,6 +11,7 @@ from graphopt.errors import GraphoptError
 from graphopt.feeds import telling
 from graphopt.feeds.attempts import REDRAWS, STRETCHES, Attempt, Draw, sizes_to_try
 from graphopt.feeds.synthesis import Feeds, Synthesis
+from graphopt.runtime.ending import MOST_CUT, Endless, Limit, current_limit, limit_of, under
 
 _SMALL = 64
 _MOST_FUTILE = 2  # cases where no other values help; nor would they in further ones
@@ -49,6 +50,9 @@ def feeds_that_run(
 ) -> list[Feeds]:
     """Make inputs that a model runs on: like `synthesise_feeds`, and where a case fails, other sizes are tried.
 
+    A case on which a loop has no end (`graphopt.runtime.ending`) is left out: that is no matter of sizes. After a few
+    runs without an end no further case is tried: each takes long.
+
     Tried in turn for each case: parameters at their most harmless; unnamed sizes not shared between inputs; integers of
     unknown use 0 and 1, as if they were indices; all free sizes equal, growing from 4 to 640; the same with a batch of
     1; every size equal. A case for which nothing runs is left out.
@@ -58,21 +62,29 @@ def feeds_that_run(
 
     Args:
         model: The model; it is not changed.
-        run: Runs the model once; whatever it raises means that the sizes were wrong. Where it gives the outputs by
-            name, values are chosen by what they show.
+        run: Runs the model once, by `run_to_end`; whatever else than `Endless` it raises means that the sizes were
+            wrong. Where it gives the outputs by name, values are chosen by what they show.
         cases: How many feeds, at least (before those left out).
         seed: The same seed gives the same arrays.
         shapes: As for `synthesise_feeds`.
 
     Raises:
+        Endless: A loop has no end on any case that it began with.
         GraphoptError: No case runs; with the reason that the first one was refused for.
     """
-    synthesis = Synthesis(model, cases, seed, shapes)
+    limit = current_limit() or limit_of(model, made_up=True)
+    with under(limit):
+        return _those_that_run(Synthesis(model, cases, seed, shapes), run, limit)
+
+
+def _those_that_run(synthesis: Synthesis, run: Callable[[Feeds], object], limit: Limit | None) -> list[Feeds]:
     attempts = list(sizes_to_try())
     found: list[Feeds] = []
     first_error: Exception | None = None
     futile = 0
     for case in range(synthesis.cases):
+        if limit is not None and limit.cut >= MOST_CUT:
+            break
         tried: set[tuple[object, ...]] = set()
         for attempt in attempts:
             feeds = synthesis.feeds(case, attempt)
@@ -87,6 +99,9 @@ def feeds_that_run(
             if better is None:
                 try:
                     results = run(feeds)
+                except Endless as error:
+                    first_error = first_error if isinstance(first_error, Endless) else error
+                    break
                 except Exception as error:
                     first_error = first_error or error
                     continue
@@ -99,6 +114,8 @@ def feeds_that_run(
             attempts.insert(0, attempt)
             break
     if not found:
+        if isinstance(first_error, Endless):
+            raise first_error
         reason = "no inputs" if first_error is None else str(first_error).splitlines()[0]
         raise GraphoptError(
             f"no inputs were found that the model runs on: {reason}", hint="give real ones with --calibration"
@@ -122,6 +139,8 @@ def _first(
             continue
         try:
             results = run(feeds)
+        except Endless:
+            return None  # others would take as long
         except Exception:  # what the values do not suit
             continue
         if isinstance(results, Mapping) and not telling.says_nothing(results) and accepts(results):

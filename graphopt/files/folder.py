@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.files.bundle_folder import refuse_inside
 
 STAGING_SUFFIX = ".graphopt-save"
 _STAGING = r"\.[a-z0-9_]{8}\.graphopt-save"
@@ -39,12 +40,13 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that nothing can be written into.
 
     Raises:
-        BadInput: It is not there, is none, or may not be written to.
+        BadInput: It is not there, is none, belongs to a bundle, or may not be written to.
     """
     if folder.exists() and not folder.is_dir():
         raise BadInput("is no folder", where=str(folder), hint="write into a folder")
     if not folder.is_dir():
         raise BadInput("no such folder", where=str(folder), hint=f"mkdir -p {folder}")
+    refuse_inside(folder)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise BadInput("no permission to write here", where=str(folder), hint="write to another folder")
 

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from graphopt import garbage, graphs
 from graphopt.errors import BadInput
+from graphopt.files.bundle_folder import is_bundle, not_one_file
 from graphopt.files.check import check_model
 from graphopt.files.explain import explain
 from graphopt.files.external import ExternalFiles
@@ -49,6 +50,7 @@ def load_model(path: str | Path) -> ir.Model:
     where = _printable(os.fspath(path))
     folder = Path(os.path.abspath(file)).parent  # as given: a linked .onnx has its data beside the link  # noqa: PTH100
     proto = _parse(_read(file, where), where)
+    _declare_passed_on(proto.graph)
     with _quiet(), garbage.paused():
         try:
             model = ir.serde.deserialize_model(proto)
@@ -65,6 +67,23 @@ def load_model(path: str | Path) -> ir.Model:
             model.graph.inputs.extend(kept)
         model.ir_version = 4
     return model
+
+
+def _declare_passed_on(graph: onnx.GraphProto) -> None:
+    """Let an output that is an input itself, in a graph or a body, have the shape that the input is declared with.
+
+    They become one value, and what is said last would count: ONNX Runtime runs no Loop whose body does not say how many
+    axes the condition has that it is handed.
+    """
+    inputs = {value.name: value.type for value in graph.input if value.type.tensor_type.HasField("shape")}
+    for value in graph.output:
+        if value.name in inputs:
+            value.type.CopyFrom(inputs[value.name])
+    for node in graph.node:
+        if node.domain or node.op_type in graphs.CONTROL_FLOW:
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    _declare_passed_on(attribute.g)
 
 
 def _take_weights_out(model: ir.Model) -> None:
@@ -97,6 +116,8 @@ def _printable(text: str) -> str:
 def _read(file: Path, where: str) -> bytes:
     try:
         found = file.stat()
+        if stat.S_ISDIR(found.st_mode) and is_bundle(file):
+            raise not_one_file(where)
         if stat.S_ISDIR(found.st_mode):
             inside = sorted(entry.name for entry in file.glob("*.onnx"))
             hint = f"give the file, such as {inside[0]}" if inside else "give the .onnx file"

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.background import in_background
+from graphopt.calibration import failing_on
 from graphopt.errors import BadInput
 from graphopt.moments.flow import Feeds, Flow, ancestors
 from graphopt.moments.layouts import Layout
@@ -334,7 +335,9 @@ def _ahead(run: Callable[[int, Feeds], T], feeds: Sequence[Feeds]) -> Iterator[T
     """Run every sample; the runtime computes the next one while the one before is added up."""
 
     def produce(sample: int) -> T:
-        return run(sample, feeds[sample])
+        feed = feeds[sample]
+        with failing_on(feed):
+            return run(sample, feed)
 
     count = len(feeds)
     pending = in_background(produce, 0) if count else None

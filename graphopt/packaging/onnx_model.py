@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from graphopt.errors import BadInput, GraphoptError
+from graphopt.errors import BadInput, GraphoptError, MissingDependency
 from graphopt.matching import INVENTED
 from graphopt.packaging.signature import Axis, Served, Tensor, refuse_odd_axes, why_not_batched
 
@@ -32,7 +32,7 @@ _RELATIVE = 0.02
 """Rows computed together and alone differ by rounding, of float16 too; rows that mix differ by much more."""
 
 
-def served_model(path: Path, *, verify: bool) -> Served:
+def served_model(path: Path, *, verify: bool, batched: bool = True) -> Served:
     """Read what a server has to know of an ONNX file.
 
     The sizes of the outputs are those that ONNX Runtime finds with its optimizations on: Triton compares them with the
@@ -41,7 +41,9 @@ def served_model(path: Path, *, verify: bool) -> Served:
 
     Args:
         path: The file.
-        verify: Run the model, where its shapes allow batches: a row must be the same alone and among others.
+        verify: Load the model as Triton does, and run it where its shapes allow batches: a row must be the same alone
+            and among others.
+        batched: Whether requests may be put together; else it is not run.
 
     Raises:
         BadInput: The file is no valid model, or has inputs or outputs that Triton does not serve.
@@ -52,13 +54,13 @@ def served_model(path: Path, *, verify: bool) -> Served:
     model = load_model(path)
     files = {FILENAME: path, **_data_files(model, path)}
     infer_shapes(model)
-    session = _session(path)
+    session = _session(path, verify=verify)
     seen = {} if session is None else _seen(session)
     inputs = tuple(_tensor(value, seen, path, optional=value.is_initializer()) for value in model.graph.inputs)
     outputs = tuple(_tensor(value, seen, path) for value in model.graph.outputs)
     refuse_odd_axes((*inputs, *outputs), str(path))
     reason = why_not_batched(tuple(tensor for tensor in inputs if not tensor.optional), outputs)
-    if reason is None and verify:
+    if reason is None and verify and batched:
         reason = _why_rows_mix(model, session)
     return Served("onnxruntime_onnx", "onnxruntime", FILENAME, files, inputs, outputs, unbatched=reason)
 
@@ -81,14 +83,23 @@ def _data_files(model: ir.Model, path: Path) -> dict[str, Path]:
     return found
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession | None:
-    """As Triton loads it; None where that cannot be tried here: no ONNX Runtime, operators of another machine."""
+def _session(path: Path, *, verify: bool) -> onnxruntime.InferenceSession | None:
+    """As Triton loads it; None where that cannot be tried here, or is refused and nobody asks for it.
+
+    Raises:
+        BadInput: ONNX Runtime refuses it, and with ``verify`` that counts.
+    """
     from graphopt.runtime.session import create_session
 
     try:
         return create_session(path, optimized=True)
-    except BadInput:
+    except MissingDependency:
         return None
+    except BadInput as refused:
+        if not verify:
+            return None
+        hint = "--no-verify packages it for a server that has its operators"
+        raise BadInput(refused.what, where=refused.where, hint=hint) from refused
 
 
 def _seen(session: onnxruntime.InferenceSession) -> dict[str, Sequence[int | str | None]]:

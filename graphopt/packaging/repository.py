@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from graphopt.errors import BadInput
-from graphopt.files.folder import as_one_line, take_lock
+from graphopt.files.bundle_folder import refuse_inside
+from graphopt.files.folder import STAGING_SUFFIX, as_one_line, make_staging
 
 CONFIG = "config.pbtxt"
-_SUFFIX = ".graphopt-package"
 # File systems end at 255 bytes; the folder in which a model is prepared has a longer name than the model.
-_LONGEST = 255 - len(f"..{'x' * 8}{_SUFFIX}")
+_LONGEST = 255 - len(f"..{'x' * 8}{STAGING_SUFFIX}")
 
 
 def check_place(repository: Path, name: str, version: int, *, force: bool) -> None:
@@ -40,6 +38,7 @@ def check_place(repository: Path, name: str, version: int, *, force: bool) -> No
             where=str(repository),
             hint=f"--triton takes the folder of the models: {repository.parent}",
         )
+    refuse_inside(repository)
     folder = repository if repository.is_dir() else repository.parent
     if not folder.is_dir():
         raise BadInput("no such folder", where=str(folder), hint=f"mkdir -p {folder}")
@@ -135,33 +134,12 @@ def _staging(repository: Path, name: str) -> Iterator[Path]:
     """A hidden folder on the file system of the repository: beside it where that goes, since a server polls inside."""
     parent = repository.resolve().parent
     beside = parent.stat().st_dev == repository.stat().st_dev and os.access(parent, os.W_OK | os.X_OK)
-    folder = parent if beside else repository
-    _remove_leftovers(folder, name)
-    staged = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_SUFFIX, dir=folder))
-    lock = os.open(staged, os.O_RDONLY | os.O_DIRECTORY)
+    staged, lock = make_staging((parent if beside else repository) / name)
     try:
-        # Held for as long as the process lives: a later run can tell a leftover from work that is going on.
-        take_lock(lock, wait=False)
         yield staged
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         os.close(lock)
-
-
-def _remove_leftovers(folder: Path, name: str) -> None:
-    pattern = re.compile(re.escape(f".{name}.") + r"[a-z0-9_]{8}" + re.escape(_SUFFIX))
-    with os.scandir(folder) as entries:
-        found = [e.path for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    for path in found:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            continue  # it is gone, or somebody else's
-        try:
-            if take_lock(descriptor, wait=False):
-                shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(descriptor)
 
 
 def _next(place: Path) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import BadInput
+from graphopt.files.bundle_folder import is_bundle, not_one_file
 from graphopt.packaging.engine import served_engine
 from graphopt.packaging.onnx_model import served_model
 from graphopt.packaging.pbtxt import Message, Token, write
@@ -80,7 +81,8 @@ def package_triton(
             built for; of an ONNX file `DEFAULT_MAX_BATCH`; 0 where the rows of a batch are not independent.
         instances: How often the server loads the model, on each GPU.
         device: ``gpu``, ``cpu`` or ``auto``: a GPU where the server has one. An engine is for a GPU.
-        verify: Run an ONNX file before it is batched: a row must be the same alone and among others.
+        verify: Load an ONNX file as the server does, and run it before it is batched: a row must be the same alone and
+            among others.
         force: Replace the version, and a ``config.pbtxt`` that differs.
 
     Raises:
@@ -92,6 +94,8 @@ def package_triton(
         name = source.name.removesuffix(".onnx") if source.suffix == ".onnx" else source.stem
     if not source.exists():
         raise BadInput("no such file", where=str(source), hint="check the path")
+    if is_bundle(source):
+        raise not_one_file(source)
     if source.is_dir():
         raise BadInput("is a folder", where=str(source), hint="give an .onnx file or an engine")
     if not 1 <= instances <= _INT32:
@@ -102,7 +106,9 @@ def package_triton(
     if device not in KINDS:
         raise BadInput(f"no device {device!r}", where="--device", hint=f"there are {', '.join(KINDS)}")
     check_place(folder, name, version, force=force)
-    served = served_engine(source) if _is_engine(source) else served_model(source, verify=verify and max_batch != 0)
+    served = (
+        served_engine(source) if _is_engine(source) else served_model(source, verify=verify, batched=max_batch != 0)
+    )
     if served.platform == "tensorrt_plan" and device == "cpu":
         raise BadInput("an engine runs on a GPU", where=str(source), hint="leave --device out")
     largest, why = _max_batch(served, max_batch, source)

@@ -96,12 +96,17 @@ def load_recipe(name: str) -> Recipe:
         raise BadInput(f"not YAML: {str(error).splitlines()[0]}", where=str(path)) from error
 
 
-def load_recipes(names: Sequence[str]) -> list[Recipe]:
-    """Several recipes, in order."""
-    return [load_recipe(name) for name in names]
+def load_recipes(names: str | Sequence[str]) -> list[Recipe]:
+    """Several recipes, in order; or one, by its name alone."""
+    return [load_recipe(name) for name in as_several(names)]
 
 
-def passes_of(recipes: Sequence[Recipe], settings: Sequence[str] = ()) -> list[Pass]:
+def as_several(given: str | Sequence[str]) -> Sequence[str]:
+    """A string alone as a sequence of one: as a sequence of letters nobody means it."""
+    return (given,) if isinstance(given, str) else given
+
+
+def passes_of(recipes: Sequence[Recipe], settings: str | Sequence[str] = ()) -> list[Pass]:
     """The passes of composed recipes, each once; parameters of a later recipe win, those of ``settings`` over all.
 
     Args:
@@ -125,7 +130,7 @@ def passes_of(recipes: Sequence[Recipe], settings: Sequence[str] = ()) -> list[P
             named.add(step.name)
             steps.setdefault(step.name, {}).update(step.parameters)
             origin[step.name] = where
-    for setting in settings:
+    for setting in as_several(settings):
         name, key, value = _parse(setting)
         steps.setdefault(name, {})[key] = value
         origin[name] = f"--set {setting}"

@@ -150,6 +150,10 @@ class Pass(ABC):
     def apply(self, ctx: Context) -> None:
         """Rewrite ``ctx.model`` in place, through ``ctx``."""
 
+    def remark(self, ctx: Context) -> str:
+        """What is to be said when all passes have run, of what became of this one's work; empty where nothing is."""
+        return ""
+
 
 def as_setting(value: object) -> str:
     """A parameter's value as one would write it after ``--set``."""

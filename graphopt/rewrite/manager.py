@@ -31,7 +31,7 @@ class PassRecord:
         kept: Replacements in the result.
         undone: Replacements that verification took back.
         reason: Why applications were undone or not kept, in words; of a pass that did nothing, why most of the
-            nodes that it nearly matched were left alone.
+            nodes that it nearly matched were left alone. What a pass remarks at the end stands here, too.
         seconds: Wall time.
         peak_bytes: The process's highest resident memory so far.
         nodes_before: Nodes when the pass first ran.
@@ -154,6 +154,8 @@ def run_passes(
             record.reason = f"{ctx.not_cheaper[p.name]} not cheaper on {ctx.target.name}"
         elif not record.applications:
             record.reason = most_frequent(record.near_misses.values())
+        if remark := p.remark(ctx):
+            record.reason = "; ".join(filter(None, (record.reason, remark)))
     return list(records.values())
 
 

@@ -23,6 +23,8 @@ import onnx_ir as ir
 
 from graphopt.background import in_background
 from graphopt.errors import BadInput, GraphoptError
+from graphopt.runtime.ending import run_options, run_to_end
+from graphopt.runtime.failures import innermost
 from graphopt.runtime.flavour import import_onnxruntime
 from graphopt.runtime.split import HANDED_OVER
 
@@ -154,11 +156,11 @@ _RAW_OUTPUTS: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDi
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what ONNX Runtime says, without its prefix ``[ONNXRuntimeError] : 1 : FAIL :``."""
+    """The first line of what ONNX Runtime says of a failure, without its prefix ``[ONNXRuntimeError] : 1 : FAIL :``."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if text.startswith("[ONNXRuntimeError]"):
         text = text.split(" : ", 3)[-1]
-    return text.rstrip(" .")
+    return innermost(text).rstrip(" .")
 
 
 def run(
@@ -176,6 +178,7 @@ def run(
 
     Raises:
         BadInput: A feed is missing, unknown, or of the wrong dtype, rank or size.
+        Endless: It took longer than the limit that runs are under here (`runtime.ending`).
         GraphoptError: The runtime failed while running; with its reason.
     """
     specs = session.get_inputs()
@@ -183,10 +186,14 @@ def run(
     wanted = list(outputs) if outputs is not None else [output.name for output in session.get_outputs()]
     raw_outputs = not _raw_outputs(session).isdisjoint(wanted)
     arrays = {spec.name: _as_array(feeds[spec.name]) for spec in specs}
-    try:
+
+    def call(options: Any) -> dict[str, Any]:
         if raw_outputs or any(_is_raw(array) for array in arrays.values()):
-            return _run_raw(session, arrays, wanted)
-        return dict(zip(wanted, session.run(wanted, arrays), strict=True))
+            return _run_raw(session, arrays, wanted, options)
+        return dict(zip(wanted, session.run(wanted, arrays, options), strict=True))
+
+    try:
+        return run_to_end(call)
     except GraphoptError:
         raise
     except Exception as error:
@@ -208,11 +215,11 @@ def bind(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Cal
     """
     check_feeds([(spec.name, spec.type, spec.shape) for spec in session.get_inputs()], feeds)
     wanted = [output.name for output in session.get_outputs()]
+    options = run_options()
     if any(_is_raw(array) for array in feeds.values()) or any(_raw_type(o.type) for o in session.get_outputs()):
         values = {name: to_ort_value(array) for name, array in feeds.items()}
-        return lambda: session.run_with_ort_values(wanted, values)
+        return lambda: session.run_with_ort_values(wanted, values, options)
     arrays = {name: _as_array(value) for name, value in feeds.items()}
-    options = import_onnxruntime().RunOptions()  # else the runtime makes some for every call
     return lambda: session.run(wanted, arrays, options)
 
 
@@ -328,10 +335,10 @@ def _raw_type(kind: str) -> np.dtype[Any] | None:
     return dtype if dtype in _RAW_TYPES else None
 
 
-def _run_raw(session: Any, arrays: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
+def _run_raw(session: Any, arrays: Mapping[str, Any], wanted: list[str], options: Any) -> dict[str, Any]:
     """Run with types that numpy cannot name on the way in or out."""
     values = {name: to_ort_value(array) for name, array in arrays.items()}
-    results = session.run_with_ort_values(wanted, values)
+    results = session.run_with_ort_values(wanted, values, options)
     return {name: from_ort_value(result) for name, result in zip(wanted, results, strict=True)}
 
 

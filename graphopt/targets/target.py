@@ -198,7 +198,8 @@ class Target(BaseModel):
 
     def bytes_of(self, value: ir.Value) -> float:
         """Estimated bytes of a value."""
-        return self._elements(value) * (value.dtype.itemsize if value.dtype is not None else 4)
+        known = value.dtype is not None and value.dtype != ir.DataType.STRING  # how long strings are nobody says
+        return self._elements(value) * (value.dtype.itemsize if known and value.dtype is not None else 4)
 
     def _multiply_adds(self, node: ir.Node) -> float:
         """Outputs times the length of the reduction, which the last-but-one axis of the weight gives."""

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.errors import GraphoptError
 from graphopt.rewrite.contract import Kind
+from graphopt.runtime.ending import limit_of, under
 from graphopt.verification import exact, runnable
 from graphopt.verification.shadow import Epoch, Pair, Shadow, Surface
 from graphopt.verification.tolerance import is_float, same_bits, why_different, within_eps
@@ -85,15 +86,27 @@ class Watch:
             self._closed = True
             self.shadow.finish()
 
-    def judge(self, make_feeds: MakeFeeds, *, source: Path | None = None, exact_soon: bool = False) -> Judgement:
+    def judge(
+        self,
+        make_feeds: MakeFeeds,
+        *,
+        made_up: bool = False,
+        source: Path | None = None,
+        exact_soon: bool = False,
+    ) -> Judgement:
         """Compare each replaced value with its replacement, on every case. Call once, after the last pass.
 
         Args:
             make_feeds: Gives the cases, from the original and a function that runs it once.
+            made_up: Whether these are made up.
             source: The original's file, where it has one.
             exact_soon: Whether to begin with the float64 result in the background, since it will be asked for.
         """
         self.close()
+        with under(limit_of(self._views[0].model, made_up=made_up)):
+            return self._judge(make_feeds, source, exact_soon)
+
+    def _judge(self, make_feeds: MakeFeeds, source: Path | None, exact_soon: bool) -> Judgement:
         first = self._views[0]
         own = [value.name or "" for value in first.model.graph.outputs]
         results: dict[int, tuple[Mapping[str, Any], dict[str, Any]]] = {}

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from graphopt import graphs
 from graphopt.background import in_background
+from graphopt.runtime.ending import Endless, Limit, current_limit, under
 from graphopt.verification import exact, runnable
 from graphopt.verification.tolerance import (
     SLACK,
@@ -85,6 +86,8 @@ class Reference:
         yardstick: Why there is no float64 result, or "float64".
         forced: Whether inputs say which way it goes (`graphopt.bundles.forcing`).
         like: The same network on other ways, where its error is known: it is about as large.
+        limit: How long what is compared with it may take; None where every loop is sure to end.
+        endless: How many runs on other made-up inputs had no end: they are not among the cases.
     """
 
     model: ir.Model
@@ -97,6 +100,8 @@ class Reference:
     yardstick: str = "float64"
     forced: bool = False
     like: Sequence[Reference] = ()
+    limit: Limit | None = None
+    endless: int = 0
     _exact: dict[int, Future[tuple[dict[str, Array] | None, str]]] = field(default_factory=dict)
     _noise: dict[tuple[int, str], float] = field(default_factory=dict)
     _deployed: list[dict[str, Any]] | None = None
@@ -150,7 +155,11 @@ class Reference:
         if key not in self._noise:
             moved = {name: _jitter(array, seed=7 + case) for name, array in self.feeds[case].items()}
             session = session_for(self.model, custom_ops=self.custom_ops)
-            results = run_case(session, moved)
+            try:
+                with under(self.limit):
+                    results = run_case(session, moved)
+            except Endless:  # a loop ends on the values alone as they are: they cannot move
+                results = dict(self.results[case])
             for name, array in results.items():
                 before = self.results[case][name]
                 same = isinstance(array, np.ndarray) and array.shape == before.shape and is_float(before)
@@ -167,7 +176,8 @@ class Reference:
                 session = create_session(self.source, optimized=True, threads=1, custom_ops=self.custom_ops)
             else:
                 session = session_for(self.model, optimized=True, custom_ops=self.custom_ops)
-            self._deployed = [run_case(session, feeds) for feeds in self.feeds]
+            with under(self.limit):
+                self._deployed = [run_case(session, feeds) for feeds in self.feeds]
         return self._deployed[case]
 
     def vacuous(self) -> list[str]:
@@ -389,7 +399,12 @@ def make_reference(
     random = any(node.op_type in graphs.RANDOM for node in graphs.all_nodes(model)) and not _repeats(
         session, feeds, results
     )
-    return Reference(model, feeds, results, random, preparation, custom_ops, source)
+    limit = current_limit()
+    made = Reference(model, feeds, results, random, preparation, custom_ops, source, limit=limit)
+    if limit is not None:
+        made.endless = limit.cut
+        limit.compare()
+    return made
 
 
 def _repeats(session: Any, feeds: Sequence[Feeds], results: Sequence[Mapping[str, Any]]) -> bool:

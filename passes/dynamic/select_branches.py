@@ -12,6 +12,10 @@ from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 from graphopt.rewrite.bodies import returns_outer, unpack
 from graphopt.shapes import trusted_shape
 
+# What ONNX Runtime's CPU has a Where for (float16 by way of float32): it would not load another.
+_SELECTED = frozenset(
+    {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.INT32, ir.DataType.INT64}
+)
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 # Elementwise operators of one value that give a result for every number, NaN and infinity too.
 _UNARY = frozenset(
@@ -51,7 +55,8 @@ class SelectBranches(RulePass):
         "matrices of proved sizes; with results of one type and one known shape in both branches",
         refuses="every other operator: what looks things up (Gather), divides integers, takes sizes from data "
         "(Reshape, Slice, Range), branches or loops itself, draws random numbers, or is not of the standard; shapes "
-        f"that are not known; what by the target's cost profile saves less than {_GAIN:.0%} of the time",
+        "that are not known; results of types other than floats and integers of 32 or 64 bits; "
+        f"what by the target's cost profile saves less than {_GAIN:.0%} of the time",
         costs="the work of the branch that would not run; saves entering a branch, which is dear where the condition "
         "has to come back from a device",
         source="if-conversion (Allen, Kennedy, Porterfield and Warren 1983)",
@@ -75,6 +80,9 @@ class SelectBranches(RulePass):
             shape = _dims(one)
             if shape is None or shape != _dims(other) or one.dtype is None or one.dtype != other.dtype:
                 ctx.refuse(node, "its branches are not known to give one type and shape")
+                return False
+            if one.dtype not in _SELECTED:
+                ctx.refuse(node, f"ONNX Runtime has no Where for {one.dtype.name.lower()}")
                 return False
         return self._select(node, bodies, ctx)
 

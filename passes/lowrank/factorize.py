@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field
 
+from graphopt import graphs
 from graphopt.channels import Channels, Group, channel_classes
 from graphopt.errors import BadInput
 from graphopt.moments import Moments, Relay, moments, tap_of
@@ -66,6 +67,8 @@ class Parameters(BaseModel):
     skip: list[str] = Field(default_factory=list)
 
 
+_MISSED = 0.005
+"""Densities that are apart by less are called the same: so little is what other passes add."""
 _NOISE = 1e-3
 """Of the squared singular values' sum: what is left below this says nothing of a weight's sensitivity."""
 _UNSEEN = 0.1
@@ -105,6 +108,7 @@ class Factorize(Pass):
     def __init__(self, parameters: dict[str, object] | None = None) -> None:
         super().__init__(parameters)
         self._done = False
+        self._counted = (0, 0)
 
     @property
     def settings(self) -> Settings:
@@ -134,11 +138,23 @@ class Factorize(Pass):
                 raise BadInput(f"skip: no constant is named like '{pattern}'", where=f"pass {self.name}")
         if not weights:
             return
+        self._counted = sum(weight.outputs * weight.inputs for weight in weights), _elements(ctx)
         candidates = self._decompose(ctx, weights)
         ranks = self._ranks(ctx, candidates)
         chosen = [(c, rank) for c, rank in zip(candidates, ranks, strict=True) if rank is not None]
         for candidate, factors in self._factors(ctx, chosen):
             _write(ctx, candidate, factors)
+
+    def remark(self, ctx: Context) -> str:
+        whole, before = self._counted
+        wanted = self.settings.density
+        if not whole or wanted is None:
+            return ""
+        density = 1 - (before - _elements(ctx)) / whole
+        if density < wanted + _MISSED:
+            return ""
+        told = f"a density of {density:.3g}, above the {wanted:g} that was asked for"
+        return f"{told}: pivot has no form for all weights that were counted on it" if ctx.runs("pivot") else told
 
     # -- the best factors of each weight ---------------------------------------------------------------------------
 
@@ -259,6 +275,18 @@ class Factorize(Pass):
                 fitted = reconstruct(matrix, best, gram, cross, mix=settings.mix, steps=settings.steps)
             made = {"left": fitted.left.astype(np.float32), "right": fitted.right.astype(np.float32)}
             ctx.store.arrays(key, lambda made=made: made)  # type: ignore[misc]
+
+
+def _elements(ctx: Context) -> int:
+    """Of all constants of floats that something reads, each once."""
+    values = (
+        value
+        for graph in ctx.graphs()
+        for value in (*graph.initializers.values(), *(node.outputs[0] for node in graph if node.op_type == "Constant"))
+        if value.uses()
+    )
+    tensors = {id(tensor): tensor for value in values if (tensor := graphs.constant_tensor(value)) is not None}
+    return sum(tensor.size for tensor in tensors.values() if tensor.dtype.is_floating_point())
 
 
 def _numbers(ctx: Context) -> Iterator[object]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from graphopt.calibration import failing_on
 from graphopt.passes.lowrank.dense import DenseWeight
 from graphopt.rewrite import Context
 from graphopt.sites import Linear
@@ -47,7 +48,10 @@ def sensitivities(
     run = _open(ctx, [name for name in names if name is not None])
     if run is None:
         return [None] * len(weights)
-    reference = [run(feed, stored) for feed in feeds]
+    reference = []
+    for feed in feeds:
+        with failing_on(feed):
+            reference.append(run(feed, stored))
     found: list[float | None] = []
     for number, (linear, name, trial) in enumerate(zip(direct, names, trials, strict=True)):
         if linear is None or name is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -219,8 +220,23 @@ def test_what_is_no_network_again(tmp_path: Path) -> None:
         merge_bundle(tmp_path / "net")
     each = split(model_from_text(LATE))
     next(step for step in each.plan.steps if isinstance(step, Branch)).each = True
-    with pytest.raises(BadInput, match="samples go ways of their own"):
+    with pytest.raises(BadInput, match="samples go their own ways at 'If of b'"):
         merge(each.plan, each.blocks)
+
+
+def test_what_is_merged_holds_its_version(tmp_path: Path) -> None:
+    """Its weights lie there until somebody asks for them."""
+    first = write_bundle(split(model_from_text(LATE)), tmp_path / "net")
+    whole = merge_bundle(tmp_path / "net")
+    copy = whole.clone()
+    second = write_bundle(split(model_from_text(TWICE)), tmp_path / "net")
+    del whole
+    gc.collect()
+    assert first.is_dir() and second != first
+    del copy
+    gc.collect()
+    write_bundle(split(model_from_text(TWICE)), tmp_path / "net")
+    assert not first.exists() and second.is_dir()
 
 
 def test_an_input_that_is_an_output_under_its_own_name() -> None:

@@ -14,7 +14,7 @@ import pytest
 import graphopt.bundles.running as running
 from graphopt.background import in_background
 from graphopt.bundles import BundleRunner, read_bundle, split, write_bundle
-from graphopt.bundles.drawing import draw, used_by
+from graphopt.bundles.drawing import draw, shortened, used_by
 from graphopt.bundles.plan import Plan, Run, walk
 from graphopt.bundles.profile import Counts, Profile, Sides, Turns, likely_blocks, read_profile
 from graphopt.bundles.sessions import Sessions
@@ -269,6 +269,17 @@ def test_long_names_and_lists_are_shortened(bundle: Path) -> None:
     short, whole = (draw(plan, whole=whole)[1].text for whole in (False, True))
     assert short.endswith("and 3 more") and all(len(word) <= 29 for word in short.split())
     assert f"{long}/5" in whole and "more" not in whole
+
+
+def test_shortened_names_differ() -> None:
+    ends = [f"If_{side}_branch/decoder/of/all/output_{number}" for side in ("then", "else") for number in range(2)]
+    middles = [f"a_long_beginning/{letter}/and_a_long_end_of_it" for letter in "pq"]
+    names = [*ends, *middles, "short", "the_only_one_that_ends_in_a_tail_of_its_own"]
+    short = shortened(names)
+    assert "short" not in short and len(set(short.values())) == len(short) == len(names) - 1
+    assert all(len(text) <= 30 for text in short.values())
+    assert short[ends[0]].startswith("If_then") and short[ends[2]].startswith("If_else")
+    assert short[names[-1]].startswith("...")
 
 
 def test_samples_that_go_their_own_ways_are_drawn(bundle: Path) -> None:

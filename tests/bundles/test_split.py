@@ -253,3 +253,28 @@ def test_every_value_is_made_before_it_is_read() -> None:
 def test_what_is_refused(text: str, said: str) -> None:
     with pytest.raises(BadInput, match=said):
         split(model_from_text(text))
+
+
+@pytest.mark.parametrize("trips", [0, 2])
+@pytest.mark.parametrize(
+    ("carried", "given", "made"),
+    [
+        ("float[3] s", "float[] p", "p = Neg(s)"),
+        ("float[3] s", "float[q] p", "p = Neg(s)"),
+        ("float[] s", "float[3] p", "p = Neg(z)"),
+        ("float[] s", "float[2,q] p", "p = Reshape(z, k)"),
+    ],
+)
+def test_the_shape_of_a_stack_of_no_turns(carried: str, given: str, made: str, trips: int) -> None:
+    model = onnx.parser.parse_model(f"""{HEAD}
+    g (float[3] x, float[n] z, int64[2] k, int64 trips) => (int64[rank] sizes)
+    {{
+        last, all = Loop (trips, , x) <body = b (int64 i, bool on, {carried}) => (bool on2, float[] t, {given}) {{
+            on2 = Identity (on)
+            t = Tanh (s)
+            {made}
+        }}>
+        sizes = Shape (all)
+    }}""")
+    feeds = {"x": np.ones(3, np.float32), "k": np.array([2, 2]), "trips": np.array(trips)}
+    check(model, {**feeds, "z": np.ones(4 if "Reshape" in made else 3, np.float32)})

@@ -185,3 +185,15 @@ def test_a_scan_with_a_batch_axis_stays_whatever_the_target() -> None:
     infer_shapes(made)
     (reason,) = super_blocks(made, load_target("tensorrt")).values()
     assert reason == "Scan of opset 8 has a batch axis of its own"
+
+
+def test_a_loop_that_carries_strings_has_a_cost() -> None:
+    made = model_from_text(f"""
+    {HEAD}
+    g (string[2] x, int64 n) => (string[2] y) {{
+        y = Loop (n, , x) <body = l (int64 i, bool go, string[2] a) => (bool again, string[2] b) {{
+            again = Identity (go) b = Identity (a)
+        }}>
+    }}""")
+    graphs.name_control_flow(made)
+    assert list(super_blocks(made, load_target("onnxruntime"))) == ["Loop of y"]

@@ -72,6 +72,7 @@ def test_inspect_shows_the_profile_of_a_bundle(bundle: Path, inputs: Path, capsy
         "nodes": 1,
         "bytes": (version / "block_1.onnx").stat().st_size + 64 * 64 * 4,
         "used": 1,
+        "control_flow": {},
     }
 
 
@@ -96,7 +97,7 @@ def _padding(bundle: Path) -> int:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["inspect", "BUNDLE", "--weights"], "--weights and --channels are for .onnx files"),
+        (["inspect", "BUNDLE", "--channels"], "--channels is for .onnx files"),
         (["inspect", "MODEL", "--calibration", "INPUTS"], "--calibration is for bundles"),
         (["inspect", "EMPTY"], "is a folder"),
         (["inspect", "BUNDLE", "--calibration", "MODEL"], "MODEL"),
@@ -145,12 +146,12 @@ def test_merge_writes_nothing_that_computes_something_else(
 
     whole = merging.merge
 
-    def wrong(plan: Plan, blocks: Any) -> Any:
+    def wrong(plan: Plan, blocks: Any, **how: Any) -> Any:
         changed = plan.model_copy(deep=True)
         (branch,) = (step for step in changed.steps if isinstance(step, Branch))
         branch.then, branch.otherwise = branch.otherwise, branch.then
         branch.gives = {name: (other, one) for name, (one, other) in branch.gives.items()}
-        return whole(changed, blocks)
+        return whole(changed, blocks, **how)
 
     monkeypatch.setattr(merging, "merge", wrong)
     before = sorted(tmp_path.iterdir())

@@ -12,9 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphopt.cli.main import main
-from graphopt.files import load_model
+from graphopt.files import load_model, save_model
 from graphopt.inspection import inspect, scan_values, scan_weights
 from tests.files import sources
+from tests.models.text import model_from_text
 
 
 def value(name: str, shape: list[int | str | None] | None, kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
@@ -282,6 +283,24 @@ def test_channels_as_json(gated: Path, capsys: pytest.CaptureFixture[str]) -> No
     reasons = {why for one in found["permutation"] for why in one["pinned"]}
     assert reasons == {"graph input 'x'", "graph output 'y'"}
     assert "channels" not in as_json(capsys, str(gated))
+
+
+def test_channels_of_weights_in_bodies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are not looked at, and that is said instead of a table of nothing."""
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+    g (float[2, 4] x, bool c) => (float[2, 4] y) {
+        y = If (c) <
+            then_branch = t () => (float[2, 4] p) <float[4, 4] w = {1,2,3,4,1,2,3,4,1,2,3,4,1,2,3,4}>
+                { h = MatMul (x, w) p = Tanh (h) },
+            else_branch = e () => (float[2, 4] q) { q = Neg (x) }
+        >
+    }"""
+    save_model(model_from_text(text), tmp_path / "m.onnx")
+    assert main(["inspect", str(tmp_path / "m.onnx"), "--channels"]) == 0
+    said = capsys.readouterr().out
+    assert "first and last weight" not in said
+    assert "channel classes: permutation: none" in said
+    assert "1 weights are in bodies" not in said and "1 weight is in a body of If, Loop or Scan" in said
 
 
 def test_channels_as_tables(gated: Path, capsys: pytest.CaptureFixture[str]) -> None:

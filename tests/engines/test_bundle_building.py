@@ -338,6 +338,38 @@ def test_the_command_prints_a_table(tmp_path: Path, builds: dict[str, Any], caps
     assert capsys.readouterr().err.startswith("error: --buckets: blocks get the sizes that they are seen with")
 
 
+@pytest.mark.parametrize("op", ["Neg", "MatMul"])
+def test_blocks_that_branch_are_told(
+    op: str, tmp_path: Path, builds: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a bundle that was made for ONNX Runtime; whether the library takes them or not."""
+    left = {"Neg": "Neg(x)", "MatMul": "MatMul(x, x)"}[op]
+    model = model_from_text(
+        f"""
+        {HEAD}
+        g (float[4, 4] x, bool c) => (float[4, 4] y) {{
+            z = {left}
+            y = If(c) <then_branch = t () => (float[4, 4] p) {{ p = Exp(z) }},
+                       else_branch = e () => (float[4, 4] q) {{ q = Abs(z) }}>
+        }}
+        """
+    )
+    (node,) = (node for node in model.graph if node.op_type == "If")
+    node.name = "which"
+    write_bundle(split(model, keep=lambda node: True), tmp_path / "net")
+    words = ["build", str(tmp_path / "net"), "--target", "tensorrt-rtx", "-o", str(tmp_path / "out")]
+    assert main(words) == (0 if op == "Neg" else 2)
+    said = capsys.readouterr()
+    todo = "graphopt optimize IN.onnx --recipe static --target tensorrt-rtx makes a bundle whose blocks hold none"
+    if op == "Neg":
+        told = " ".join(said.out.split())
+        assert "note: block_1 holds which, and TensorRT-RTX runs both sides of an If" in told and todo in told
+        assert main([*words, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["blocks"]["block_1"]["control_flow"] == ["which"]
+    else:
+        assert f"it holds which: {todo}" in said.err and len(said.err.splitlines()) == 1
+
+
 def test_nothing_built_is_told_block_by_block(
     tmp_path: Path, builds: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

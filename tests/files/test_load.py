@@ -133,3 +133,17 @@ def test_every_runtime_op_is_unknown_to_onnx_or_newer_than_its_first_use() -> No
 
     known = {schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""}
     assert RUNTIME_OPS & known <= {"LayerNormalization"}
+
+
+def test_an_output_that_is_an_input_has_its_shape(tmp_path: Path) -> None:
+    def told(name: str, kind: int, shape: list[int] | None) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    inputs = [told("i", TensorProto.INT64, []), told("on", TensorProto.BOOL, []), told("s", TensorProto.FLOAT, [2, 4])]
+    outputs = [told("on", TensorProto.BOOL, None), told("t", TensorProto.FLOAT, None)]
+    body = helper.make_graph([helper.make_node("Neg", ["s"], ["t"])], "b", inputs, outputs)
+    loop = helper.make_node("Loop", ["n", "", "x"], ["y"], body=body)
+    turns = helper.make_tensor("n", TensorProto.INT64, [], [2])
+    model = load_model(write(tmp_path / "m.onnx", [loop], ["y", "x"], weights=[turns]))
+    assert model.graph.inputs[0].shape == ir.Shape(["n", 4])
+    assert [value.shape for value in model.graph[0].attributes["body"].as_graph().inputs[:2]] == [ir.Shape([])] * 2

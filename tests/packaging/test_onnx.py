@@ -246,11 +246,13 @@ def test_devices_and_instances(tmp_path: Path) -> None:
 
 
 def test_without_a_runtime_that_loads_it(tmp_path: Path) -> None:
-    """Operators of nobody here: shapes are as the file tells them, and nothing is batched unasked for."""
+    """Operators of nobody here: refused, unless asked for; then shapes are as the file tells them."""
     text = HEADER.replace('["" : 20]', '["" : 20, "custom" : 1]')
     path = saved(f"{text} g (float[n, 3] x) => (float[m, 3] y) {{ y = custom.Odd(x) }}", tmp_path)
-    made = package_triton(path, tmp_path / "models")
-    assert made.max_batch == 0 and "does not load the model here" in made.why
+    for max_batch in (None, 0):
+        with pytest.raises(BadInput, match=r"m\.onnx: onnxruntime refuses the model: .*custom.*--no-verify"):
+            package_triton(path, tmp_path / "models", max_batch=max_batch)
+    assert not (tmp_path / "models").exists()
     assert package_triton(path, tmp_path / "models", name="trusted", verify=False, max_batch=2).max_batch == 2
 
 

@@ -120,8 +120,8 @@ def test_a_failed_exchange_puts_the_old_version_back(tmp_path: Path, monkeypatch
 def test_what_a_killed_run_left_goes(tmp_path: Path) -> None:
     models = tmp_path / "models"
     models.mkdir()
-    left = tmp_path / ".m.abcdefgh.graphopt-package"
-    other = tmp_path / ".other.abcdefgh.graphopt-package"
+    left = tmp_path / ".m.abcdefgh.graphopt-save"
+    other = tmp_path / ".other.abcdefgh.graphopt-save"
     for folder in (left, other):
         (folder / "new").mkdir(parents=True)
     package_triton(saved(ONE, tmp_path), models)

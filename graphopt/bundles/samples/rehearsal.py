@@ -19,6 +19,7 @@ from graphopt.bundles import forcing
 from graphopt.bundles.folder import read_bundle
 from graphopt.bundles.forcing import Forced, Way
 from graphopt.bundles.plan import Branch, Loop, Plan, walk
+from graphopt.bundles.samples.cutting import count_samples, result_of, sample_of
 from graphopt.bundles.sending import Original, Outcome, Rehearsal, reached, told
 from graphopt.errors import BadInput, GraphoptError
 from graphopt.verification.tolerance import Distance, is_float
@@ -131,13 +132,11 @@ def samples_of(plan: Plan, feeds: Sequence[Mapping[str, Any]]) -> list[dict[str,
     found: list[dict[str, Any]] = []
     for case in feeds:
         arrays = {name: np.asarray(array) for name, array in case.items()}
-        axes = {name: plan.samples[name] for name in arrays if name in plan.samples}
-        count = min((arrays[name].shape[axis] for name, axis in axes.items()), default=0)
-        for index in range(count):
-            sample = {name: np.take(array, [index], axes[name]) for name, array in arrays.items() if name in axes}
-            shared = found[0] if found else arrays
-            sample |= {name: shared[name] for name in arrays if name not in axes}
-            if not found or all(sample[name].shape == found[0][name].shape for name in axes):
+        cut = [name for name in arrays if name in plan.samples]
+        for index in range(count_samples(plan, arrays)):
+            shared = {name: (found[0] if found else arrays)[name] for name in arrays if name not in plan.samples}
+            sample = {**sample_of(plan, arrays, index), **shared}
+            if not found or all(sample[name].shape == found[0][name].shape for name in cut):
                 found.append(sample)
     known = len(found)
     for number in range(_SAMPLES - known if known else 0):
@@ -185,12 +184,7 @@ def _compare(
         outcome.differences.append(f"{len(chosen)} samples: the bundle fails: {error}")
         return
     for index, sample in enumerate(chosen):
-        mine = {
-            name: np.take(results[name], index, axes[plan.gives[name]]).reshape(np.shape(array))
-            if results[name].size == len(chosen) * np.size(array)
-            else results[name]
-            for name, array in sample.expected.results[0].items()
-        }
+        mine = result_of(plan, results, index, len(chosen), sample.expected.results[0])
         found, worst = compare(sample.expected, [mine], bitwise=False, deployed=deployed)
         measure = outcome.forced if sample.way else outcome.worst
         measure.add(Distance(worst.max_abs, worst.max_rel, worst.cosine_min))

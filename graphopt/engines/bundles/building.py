@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from graphopt.bundles.folder import PLAN, check_bundle_target, open_bundle, write_bundle
+from graphopt import graphs
+from graphopt.bundles.folder import check_bundle_target, open_bundle, write_bundle
 from graphopt.bundles.plan import Block, Plan, Run, walk
-from graphopt.bundles.split import Split
+from graphopt.bundles.split import SPLIT, Split
 from graphopt.engines.backends import Backend, find_backend
 from graphopt.engines.build import build_seen, check_how
 from graphopt.engines.bundles.blocks import sources_of
@@ -26,6 +27,7 @@ from graphopt.engines.report import BuildResult, report_path
 from graphopt.engines.spawning import OnLog, OnProgress
 from graphopt.engines.tensors import TYPES
 from graphopt.errors import BadInput, GraphoptError, MissingDependency
+from graphopt.files.bundle_folder import PLAN
 from graphopt.files.load import load_model
 from graphopt.runtime.session import create_session, numpy_dtype
 
@@ -42,12 +44,14 @@ class BuiltBlock:
         nodes: How many operators it has.
         engine: What is known of its engine; None where it has none.
         reason: Why it has none; empty where it has one.
+        control_flow: The If, Loop and Scan that it holds.
     """
 
     name: str
     nodes: int
     engine: BuildResult | None
     reason: str = ""
+    control_flow: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class BundleResult:
         blocks: What became of each block.
         seconds: All of it, the runs that sizes are seen in and the starts of the child processes included.
         status: What was done with the engines, said honestly.
+        notes: What to know about them, and what to do about it.
     """
 
     path: Path
@@ -69,6 +74,7 @@ class BundleResult:
     blocks: tuple[BuiltBlock, ...]
     seconds: float
     status: str
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -77,11 +83,13 @@ class BundleResult:
             "version": self.version,
             "seconds": self.seconds,
             "status": self.status,
+            "notes": list(self.notes),
             "blocks": {
                 block.name: {
                     "nodes": block.nodes,
                     "engine": None if block.engine is None else block.engine.to_json(),
                     "reason": block.reason,
+                    "control_flow": list(block.control_flow),
                 }
                 for block in self.blocks
             },
@@ -95,9 +103,11 @@ class NothingBuilt(BadInput):
         blocks: Each with the reason.
     """
 
-    def __init__(self, blocks: Sequence[BuiltBlock], title: str, where: str) -> None:
+    def __init__(self, blocks: Sequence[BuiltBlock], library: Backend, where: str) -> None:
         first = blocks[0].reason if blocks else "it has no blocks"
-        super().__init__(f"{title} takes none of its blocks: {first}", where=where, hint="it runs on ONNX Runtime")
+        held = next((block.control_flow[0] for block in blocks if block.control_flow), None)
+        hint = "it runs on ONNX Runtime" if held is None else f"it holds {held}: {_to_split(library)}"
+        super().__init__(f"{library.title} takes none of its blocks: {first}", where=where, hint=hint)
         self.blocks = tuple(blocks)
 
 
@@ -161,10 +171,10 @@ def build_bundle(
             seen = calls[name].seen(block.inputs, _samples_of(plan, name)) if name in calls else Seen()
             how = partial(build, seen=seen, on_progress=follow)
             found = _build(file, engine, block, calls.get(name), library, how)
-            made.append(BuiltBlock(name, block.nodes, *found))
+            made.append(BuiltBlock(name, block.nodes, *found, _control_flow(file)))
         engines = {block.name: block.engine for block in made if block.engine is not None}
         if not engines:
-            raise NothingBuilt(made, library.title, str(source))
+            raise NothingBuilt(made, library, str(source))
         placed = _write(version, plan, made, target, library)
     first = next(iter(engines.values()))
     return BundleResult(
@@ -179,7 +189,27 @@ def build_bundle(
         ),
         seconds=time.perf_counter() - start,
         status=first.status,
+        notes=tuple(_notes(made, library)),
     )
+
+
+def _control_flow(block: Path) -> tuple[str, ...]:
+    return tuple(node.name or node.op_type for node in graphs.all_nodes(load_model(block)) if node.op_type in SPLIT)
+
+
+def _notes(blocks: Sequence[BuiltBlock], library: Backend) -> Iterator[str]:
+    for block in blocks:
+        if block.control_flow and block.engine is not None:
+            more = f" and {len(block.control_flow) - 1} more" if len(block.control_flow) > 1 else ""
+            yield (
+                f"{block.name} holds {block.control_flow[0]}{more}, and {library.title} runs both sides of an If and"
+                f" cannot replay a Loop from a CUDA graph: {_to_split(library)}"
+            )
+
+
+def _to_split(library: Backend) -> str:
+    """What to do about blocks that hold control flow."""
+    return f"graphopt optimize IN.onnx --recipe static --target {library.name} makes a bundle whose blocks hold none"
 
 
 def _refuse(source: Path, target: Path, plan: Plan, options: BuildOptions) -> None:

@@ -17,6 +17,7 @@ from graphopt.calibration import read_calibration
 from graphopt.engines.profiles import Profile, Seen, make_profiles, observe, parse_shapes
 from graphopt.errors import GraphoptError
 from graphopt.feeds import feeds_that_run
+from graphopt.runtime.ending import run_to_end
 
 
 def feeds_for(
@@ -39,7 +40,7 @@ def feeds_for(
         BadInput: Something is wrong with these, or an axis has no size.
         GraphoptError: No made-up inputs were found that the bundle runs on.
     """
-    network = merge_bundle(source)
+    network = merge_bundle(source, runs=False)
     inputs = list(network.graph.inputs)
     if any(not isinstance(value.type, ir.TensorType) for value in inputs):
         return iter(())  # nobody can give them; blocks of one size need none
@@ -50,12 +51,12 @@ def feeds_for(
     if data is not None and not shapes:
         return given
     program = Program(plan, PlainBackend(session))
+
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return run_to_end(lambda options: program.run(feeds))
+
     try:
-        made = [
-            feeds
-            for sizes in _levels(profiles)
-            for feeds in feeds_that_run(network, program.run, cases=1, shapes=sizes)
-        ]
+        made = [feeds for sizes in _levels(profiles) for feeds in feeds_that_run(network, run, cases=1, shapes=sizes)]
     except GraphoptError as error:
         raise type(error)(error.what, where=str(source), hint=error.hint) from error
     return chain(given, made)

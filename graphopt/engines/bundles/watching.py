@@ -15,6 +15,7 @@ from graphopt.bundles.backend import RunBlock
 from graphopt.bundles.host import Program
 from graphopt.bundles.plain import PlainBackend
 from graphopt.bundles.plan import Branch, Loop, Plan, Port, Run, Step
+from graphopt.calibration import failing_on
 from graphopt.engines.profiles import Profile, Range, Seen, Sizes
 
 _FEW_VALUES = 64  # an input that decides shapes has no more
@@ -118,7 +119,8 @@ def watch_blocks(plan: Plan, session: Callable[[str], Any], feeds: Iterable[Mapp
     chosen: dict[tuple[Sizes, ...], tuple[Mapping[str, Any], set[str]]] = {}
     for one in feeds:
         course.send({})
-        program.run(one)
+        with failing_on(one):
+            program.run(one)
         key = tuple(np.shape(value) for value in one.values())
         if key in chosen:
             chosen[key][1].update(course.reached)

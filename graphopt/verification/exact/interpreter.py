@@ -18,6 +18,7 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.evaluate import Operation
 from graphopt.evaluate import evaluate as evaluate_operation
+from graphopt.interrupts import is_ended
 from graphopt.verification.exact.operators import OPERATORS, Array, NotExact
 from graphopt.verification.tolerance import is_float
 
@@ -125,6 +126,8 @@ def run_nodes(nodes: Sequence[ir.Node], environment: Environment, model: ir.Mode
         for node, read in zip(nodes, reads, strict=True):
             if node.op_type == "Constant" and graphs.is_constant(node.outputs[0]):
                 continue  # read where it is used
+            if is_ended():
+                raise NotExact("the process ends")
             for value, array in zip(node.outputs, run_node(node, environment, model), strict=False):
                 environment[value] = array
             for value in read:

@@ -12,7 +12,9 @@ import pytest
 
 import graphopt
 from graphopt.bundles.folder import read_bundle
+from graphopt.bundles.merge import merge_bundle
 from graphopt.cli.main import main
+from graphopt.engines.bundles.feeding import feeds_for
 from graphopt.errors import BadInput, GateFailed
 from graphopt.runtime.session import create_session, run
 from graphopt.verifying import verify
@@ -66,9 +68,70 @@ def test_verification_sees_a_changed_block(made: tuple[Path, Path, Any], tmp_pat
         node.op_type = {"Add": "Sub", "Mul": "Add", "Neg": "Abs", "Sin": "Cos"}[node.op_type]
         onnx.save(model, file)
         try:
-            assert not verify(path, bundle).passed, block.file
+            assert verify(path, bundle).differences, block.file
         finally:
             file.write_bytes(before)
+
+
+def test_bench_compares_each_sample_alone(made: tuple[Path, Path, Any], tmp_path: Path) -> None:
+    """The network gives a number where the bundle gives one for each sample; as a batch it would be all or none."""
+    path, bundle, _ = made
+    np.savez(tmp_path / "x.npz", x=some(5, 3)[:, None])
+    for models in ((path, bundle), (bundle, path)):
+        result = graphopt.bench(models, seconds=0.1)
+        assert [model.one_by_one for model in result.models] == [False, True]
+        assert result.models[1].max_abs_difference < 1e-5 < result.models[1].max_abs_output
+    alone = graphopt.bench([bundle, bundle], seconds=0.1, calibration=tmp_path / "x.npz")
+    assert not alone.models[1].one_by_one and alone.models[1].max_abs_difference == 0
+
+
+def test_its_blocks_can_be_looked_at_as_one_network(made: tuple[Path, Path, Any]) -> None:
+    """For what the inputs mean, and the sizes that engines are built for."""
+    _, bundle, _ = made
+    _, plan = read_bundle(bundle)
+    whole = merge_bundle(bundle, runs=False)
+    assert [value.name for value in whole.graph.inputs] == ["x"]
+    version = read_bundle(bundle)[0]
+
+    def session(name: str) -> Any:
+        return create_session(version / plan.blocks[name].file, optimized=False)
+
+    sizes = [np.shape(feeds["x"]) for feeds in feeds_for(plan, session, ("x=1x4/5x4/7x4",), None, bundle)]
+    assert sorted(sizes) == [(1, 4), (5, 4), (7, 4)]
+
+
+def test_bench_sees_samples_that_are_mixed_up(made: tuple[Path, Path, Any]) -> None:
+    from graphopt.benchmarking.comparing import compare
+
+    path, bundle, _ = made
+    runner = graphopt.load(bundle)
+
+    class Turned:
+        inputs, outputs = runner.inputs, runner.outputs
+
+        def run(self, feeds: Any) -> dict[str, Any]:
+            return {name: array[::-1] for name, array in runner.run(feeds).items()}
+
+    class OneByOne:
+        """The network, which takes one sample."""
+
+        session = create_session(path, optimized=False)
+        inputs, outputs = runner.inputs, runner.outputs
+
+        def run(self, feeds: Any) -> dict[str, Any]:
+            x = feeds["x"]
+            return run(self.session, {"x": x if len(x) == 1 else x[:1]})
+
+    feeds = [{"x": some(4, 7)}]
+    (_, (good, _)) = compare([path, bundle], [OneByOne(), runner], feeds)
+    (_, (bad, _)) = compare([path, bundle], [OneByOne(), Turned()], feeds)
+    assert good < 1e-5 < bad
+
+
+def test_a_merge_that_is_refused_says_of_which_bundle(made: tuple[Path, Path, Any]) -> None:
+    _, bundle, _ = made
+    with pytest.raises(BadInput, match=r"net\.bundle: samples go their own ways at '.+', and no ONNX operator"):
+        merge_bundle(bundle)
 
 
 def test_a_bundle_of_samples_that_are_mixed_up_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

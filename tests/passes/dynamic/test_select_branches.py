@@ -98,11 +98,13 @@ MANY = " ".join(f"a{i + 1} = Tanh(a{i})" for i in range(30))
         ("t = MatMul(x, w2)", "e = Neg(x)", "float[n,3]", "MatMul"),
         ("t = Unsqueeze(x, ax)", "e = Neg(x)", "float[n,3]", "one type and shape"),
         ("t = Abs(v)", "e = Neg(x)", "float[n,3]", "one type and shape"),
+        ("t = Not(f)", "e = And(f, f)", "bool[2]", "no Where for bool"),
+        ("t = Identity(o)", "e = Abs(o)", "int8[2]", "no Where for int8"),
         (f"a0 = Neg(x) {MANY} t = Neg(a30)", "e = Neg(x)", "float[n,3]", "cheaper"),
     ],
 )
 def test_what_may_fail_or_costs_more_stays(then: str, other: str, kind: str, why: str) -> None:
-    inputs = INPUTS + ", float[m,3] v, float[q,3] w2"
+    inputs = INPUTS + ", float[m,3] v, float[q,3] w2, bool[2] f, int8[2] o"
     _, records = run_pass(text(then, other, kind, inputs), SelectBranches, target=RTX)
     assert applications(records) == 0
     assert why in records[0].reason + " ".join(records[0].near_misses.values())

@@ -124,6 +124,20 @@ def test_factors_that_pivots_were_to_make_small_become_one_weight_again(monkeypa
     assert error(before, after, feeds) == pytest.approx(error(before, made, feeds), rel=1e-3)
 
 
+def test_a_density_that_is_missed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, feeds = chain(), correlated(3)
+    for passes in ((Factorize,), (Factorize, Pivot)):  # what is met is no news
+        after, records = run_pass(before, *passes, feeds=feeds, density=0.6, method="svd")
+        assert elements(after) <= 0.6 * elements(before)
+        assert records[0].reason == ""
+    monkeypatch.setattr("graphopt.passes.lowrank.pivot.MOST_AMPLIFIED", 0.0)
+    after, records = run_pass(before, Factorize, Pivot, feeds=feeds, density=0.6, method="svd")
+    reached = elements(after) / elements(before)
+    assert reached > 0.61
+    assert records[0].reason.startswith("a density of 0.") and "above the 0.6 that was asked for" in records[0].reason
+    assert float(records[0].reason.split()[3].rstrip(",")) == pytest.approx(reached, abs=0.01)
+
+
 def test_the_form_for_which_no_class_is_free() -> None:
     """Between a graph input and a graph output no permutation vanishes: auto counts the factors."""
     g = G(17)
