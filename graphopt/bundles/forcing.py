@@ -140,6 +140,7 @@ def ways(
     turns: Mapping[str, int] | None = None,
     decided: Mapping[str, Mapping[str, bool]] | None = None,
     paths: Iterable[Mapping[str, bool]] = (),
+    limits: Mapping[str, int] | None = None,
 ) -> list[Way]:
     """The ways to try: every side of every If, each Loop with no, one and the most turns, and all alike.
 
@@ -152,6 +153,7 @@ def ways(
         turns: For loops without a constant limit, the most turns to try; default 2.
         decided: Decisions that are there -> those that are gone and went the same way (True) or the opposite one.
         paths: Sides of several Ifs at once, to be tried too.
+        limits: Loop -> the most turns of what it is compared with, which may have room for no more.
     """
     together = _Together(found, decided or {})
     targets = [decision for decision in found if decision.name in there]
@@ -163,7 +165,8 @@ def ways(
 
     for decision in targets:
         most = decision.limit if decision.limit is not None else (turns or {}).get(decision.name, 2)
-        for goes in dict.fromkeys((0, 1, most)) if decision.is_loop else (1, 0):
+        most = min(most, (limits or {}).get(decision.name, most))
+        for goes in dict.fromkeys((0, min(1, most), most)) if decision.is_loop else (1, 0):
             keep(_way([*decision.inside, (decision.name, goes)], together, there))
     for path in paths:
         keep(_way([(name, int(side)) for name, side in path.items()], together, there))
@@ -214,9 +217,10 @@ class _Together:
 # -- an ONNX model -----------------------------------------------------------------------------------------------------
 
 
-def sent(name: str, way: Mapping[str, int]) -> int:
-    """What the input of a decision is on a way."""
-    return way.get(name, NATURAL - FREE_TURNS if way else NATURAL)
+def sent(name: str, way: Mapping[str, int], limits: Mapping[str, int] | None = None) -> int:
+    """What the input of a decision is on a way; ``limits`` as for `ways`."""
+    most = min(FREE_TURNS, (limits or {}).get(name, FREE_TURNS))
+    return way.get(name, NATURAL - most if way else NATURAL)
 
 
 def force(model: ir.Model) -> list[str]:

@@ -74,7 +74,8 @@ class Trial(_Part):
         """In words, for people; one line."""
         several = f"{len(self.paths)} paths" if len(self.paths) > 1 else "a path"
         counts = "+".join(str(len(path)) for path in self.paths)
-        what = f"{several} of {counts} decisions, taken by {sum(self.shares):.0%} of the inputs"
+        decisions = "decision" if counts == "1" else "decisions"
+        what = f"{several} of {counts} {decisions}, taken by {sum(self.shares):.0%} of the inputs"
         if not self.faster:
             return f"{what}: {self.reason}"
         found = self.faster

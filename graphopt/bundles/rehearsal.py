@@ -138,8 +138,9 @@ def _force_all(
         found.refused = f"opset {graphs.opset(model)} has no operators to force decisions with"
         return
     original = Original(model, custom_ops=reference.custom_ops, random=reference.random, like=reference)
+    original.limits = judge.plain.limits
     most = {name: max(counts["inputs"], default=0) + 1 for name, counts in found.turns.items()}
-    todo = forcing.ways(known, there, most, judge.plain.decided, judge.plain.paths.values())
+    todo = forcing.ways(known, there, most, judge.plain.decided, judge.plain.paths.values(), judge.plain.limits)
     for number, way in enumerate(todo):
         say(f"way {number + 1} of {len(todo)}")
         cases = [reference.feeds[number % len(reference.feeds)]]

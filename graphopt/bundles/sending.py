@@ -85,6 +85,7 @@ class Rehearsal:
         inside: Decisions in blocks.
         decided: Decision -> Ifs that the network had and that went the same way (True) or the opposite one.
         paths: Branch that asks for a path -> that path.
+        limits: Loop -> the most turns that it takes, where that is a constant.
     """
 
     def __init__(
@@ -111,15 +112,28 @@ class Rehearsal:
                 self.decided.setdefault(step.branch, {}).update(step.decides)
         self.paths = {s.branch: s.path for s in walk(plan.steps) if isinstance(s, Branch) and s.path}
         blocks: dict[str, ir.Model] = {}
+        self.limits: dict[str, int] = {}
         held: dict[str, list[str]] = {}
         for name, block in plan.blocks.items():
             blocks[name] = load_model(version / block.file)
             for node in graphs.all_nodes(blocks[name]):
                 self.decided.setdefault(node.name or "", {}).update(graphs.decided_by(node))
+                if (node.domain, node.op_type) == ("", "Loop"):
+                    _limit(self.limits, node.name, node.inputs[0])
             if twin:
                 infer_shapes(blocks[name])
                 runnable.float32_twin(blocks[name])
             held[name] = forcing.force(blocks[name]) if graphs.opset(blocks[name]) >= forcing.OLDEST else []
+        given = {
+            step.makes[output.name]: output
+            for step in walk(plan.steps)
+            if isinstance(step, Run)
+            for output in blocks[step.run].graph.outputs
+            if output.name in step.makes
+        }
+        for step in walk(plan.steps):
+            if isinstance(step, Loop):
+                _limit(self.limits, step.loop, given.get(step.trips or ""))
         self.inside = sorted({name for names in held.values() for name in names})
         _hand_in(plan, held)
         if twin:
@@ -149,6 +163,16 @@ class Rehearsal:
         values = {name: backend.value(array) for name, array in arrays.items()}
         found = run_to_end(lambda options: self._program.run(values), backend.options)
         return {name: np.array(backend.array(value)) for name, value in found.items()}
+
+
+def _limit(limits: dict[str, int], name: str | None, trips: ir.Value | None) -> None:
+    """Take note of how many turns a Loop takes at the most, where that is a constant."""
+    maker = None if trips is None else trips.producer()
+    if maker is not None and maker.op_type == "Identity":  # how a block gives a constant
+        trips = maker.inputs[0]
+    most = graphs.scalar_of(trips)
+    if name and most is not None and most >= 0:
+        limits[name] = min(int(most), limits.get(name, int(most)))
 
 
 def on_lines(way: Mapping[str, int], paths: Mapping[str, Mapping[str, bool]]) -> dict[str, int]:
@@ -186,6 +210,10 @@ def _widen(plan: Plan) -> None:
 class Original:
     """A network that can be sent any way.
 
+    Attributes:
+        decisions: Of the network.
+        limits: Loop -> the most turns that it takes where others are forced; those of what it is compared with.
+
     Args:
         model: Without functions, its decisions named, typed as far as inference gets; changed in place.
         custom_ops: A library of custom operators.
@@ -202,6 +230,7 @@ class Original:
         like: Reference | None = None,
     ) -> None:
         self.decisions = forcing.decisions(model)
+        self.limits: Mapping[str, int] = {}
         self._names = forcing.force(model)
         self._model, self._custom_ops, self._random = model, custom_ops, random
         self._known = [] if like is None else [like]
@@ -211,7 +240,7 @@ class Original:
 
     def on(self, way: Mapping[str, int], cases: Sequence[Mapping[str, Any]]) -> Reference:
         """What it gives on a way. Raises GraphoptError where it fails."""
-        sent = {f"{PREFIX}{name}": np.array(forcing.sent(name, way)) for name in self._names}
+        sent = {f"{PREFIX}{name}": np.array(forcing.sent(name, way, self.limits)) for name in self._names}
         feeds = narrow_feeds([{**case, **sent} for case in cases], self._preparation)
         results = [run_case(self._session, case, self._outputs) for case in feeds]
         # Its rounding error is about as large as on a way where it was measured, which takes long.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import onnx_ir as ir
 from graphopt import graphs
 from graphopt.editing import take_place
 from graphopt.passes.dynamic.probing import Shapes, shapes_in_turns
+from graphopt.passes.dynamic.turns import most_turns
 from graphopt.rewrite import Context, Explanation, Kind, RulePass, Stage
 from graphopt.shape_values import ShapeValues
 from graphopt.shapes import trusted_shape
@@ -60,10 +62,13 @@ class GrowState(RulePass):
         matches="Concat(state, parts) of a Loop's body whose result is the state of the next turn, with parts of one "
         "size in all turns. Read by nothing else: a scan output, joined to the start after the Loop. Read in the body, "
         "on a target whose Loop carries nothing that grows: a buffer as long as the start and the greatest number of "
-        "turns need, written with ScatterND; what reads fixed places, counted from either end, reads them there, "
-        "anything else a Slice",
+        "turns need, written with ScatterND; what reads fixed places, counted from either end, reads them there, its "
+        "sizes are read from a count, anything else reads a Slice. States of one length share the count. Turns are "
+        "limited by a constant count, or by a condition that is false unless an integer that grows by a constant (a "
+        "state, the turn, the size of a state) is less than a constant: the Loop is given that count",
         refuses="parts before the state; parts whose size is not proved to be the same in every turn; a start of "
-        "unknown rank; opsets below 14; for the buffer: a number of turns that no constant limits, a start whose "
+        "unknown rank; opsets below 14; for the buffer: a number of turns that no constant limits (a count that is "
+        "computed, conditions on floats, numbers that may leave the range of their type before), a start whose "
         f"length is not known, types other than numbers, buffers over {_LARGEST >> 30} GiB; targets whose Loop can "
         "grow what it carries, since writing into a buffer costs a copy of it there, as Concat does",
         costs="one or two shape inferences of the body. Stacking is linear in the turns, where Concat copies all that "
@@ -97,7 +102,7 @@ class GrowState(RulePass):
             if _only_appends(body, growth):
                 if self._stack(node, growth, ctx):
                     return True
-            elif not ctx.target.control_flow.growing_state and self._buffer(node, growth, ctx):
+            elif not ctx.target.control_flow.growing_state and self._buffer(node, growth, shapes, ctx):
                 return True
         return False
 
@@ -167,34 +172,35 @@ class GrowState(RulePass):
 
     # -- in a buffer ---------------------------------------------------------------------------------------------------
 
-    def _buffer(self, node: ir.Node, growth: _Growth, ctx: Context) -> bool:
-        count = ShapeValues(ctx.opset).constant(node.inputs[0])
+    def _buffer(self, node: ir.Node, growth: _Growth, shapes: Shapes, ctx: Context) -> bool:
+        turns = most_turns(node, shapes, ctx.opset)
         dtype = growth.start.dtype
         first = growth.shape[growth.axis]
         reason = None
-        if count is None or count.size != 1 or int(count.reshape(())) < 0:
+        if turns is None:
             reason = "no constant limits the number of turns"
         elif not growth.step or not isinstance(first, int):
             reason = "the length of its start, or of what a turn appends, is not a number"
         elif dtype not in _NUMBERS:
             reason = "it holds no numbers, or such as ONNX Runtime cannot pad"
-        if reason is not None or count is None or not growth.step or not isinstance(first, int) or dtype is None:
+        if reason is not None or turns is None or not growth.step or not isinstance(first, int) or dtype is None:
             ctx.refuse(node, f"{reason}, so that there is no buffer for what it carries")
             return False
-        most = first + int(count.reshape(())) * growth.step
+        most = first + turns * growth.step
         others = [size for index, size in enumerate(growth.shape) if index != growth.axis and isinstance(size, int)]
         if math.prod([most, *others]) * dtype.itemsize > _LARGEST:
             ctx.refuse(node, f"the buffer would have a length of {most}")
             return False
-        return self._with_buffer(node, growth, first, most, ctx)
+        return self._with_buffer(node, growth, first, turns, ctx)
 
-    def _with_buffer(self, node: ir.Node, growth: _Growth, first: int, most: int, ctx: Context) -> bool:
+    def _with_buffer(self, node: ir.Node, growth: _Growth, first: int, turns: int, ctx: Context) -> bool:
         rank, axis = len(growth.shape), growth.axis
         body, concat = _copy_of_body(node, growth)
         inner, grown = body.inputs[2 + growth.place], concat.outputs[0]
         front = [axis, *(i for i in range(rank) if i != axis)]
         kind, number = growth.start.type, ir.TensorType(ir.DataType.INT64)
         step = growth.step or 0
+        most = first + turns * step
 
         def add(nodes: list[ir.Node], op_type: str, reads: list[ir.Value], **attributes: object) -> ir.Value:
             made = ctx.node(op_type, reads, attributes)
@@ -211,15 +217,23 @@ class GrowState(RulePass):
             return add(nodes, "Slice", [buffer, ints([0]), end, ints([axis])])
 
         # In the body: what was the state is a part of the buffer, what was appended is written behind it.
-        length = ir.Value(name=ctx.fresh_name(f"{grown.name}/length"), type=number, shape=ir.Shape([]))
+        head: list[ir.Node] = []
+        tail: list[ir.Node] = []
+        states = len(node.inputs) - 2
+        counting = _counting(node, concat, body, first, step)
+        if counting is None:
+            length = ir.Value(name=ctx.fresh_name(f"{grown.name}/length"), type=number, shape=ir.Shape([]))
+            after = add(head, "Add", [length, ints(step)])
+            after.shape = length.shape
+            body.inputs.append(length)
+            body.outputs.insert(1 + states, after)
+        else:
+            length, after = body.inputs[2 + counting], body.outputs[1 + counting]
         size = list(growth.shape)
         held = ir.Value(name=ctx.fresh_name(f"{grown.name}/buffer"), type=kind,
                         shape=ir.Shape([*size[:axis], most, *size[axis + 1 :]]))  # fmt: skip
-        head: list[ir.Node] = []
-        tail: list[ir.Node] = []
         parts = [value for value in concat.inputs[1:] if value is not None]
         part = add(tail, "Concat", parts, axis=axis) if len(parts) > 1 else parts[0]
-        after = add(tail, "Add", [length, ints(step)])
         places = add(tail, "Add", [ints(np.arange(step)[:, None]), length])
         if axis == 0:
             written = add(tail, "ScatterND", [held, places, part])
@@ -227,7 +241,7 @@ class GrowState(RulePass):
             turned = [add(tail, "Transpose", [value], perm=front) for value in (held, part)]
             back = add(tail, "ScatterND", [turned[0], places, turned[1]])
             written = add(tail, "Transpose", [back], perm=[front.index(i) for i in range(rank)])
-        after.shape, written.shape = length.shape, held.shape
+        written.shape = held.shape
         graphs.detach(concat)
         for value, buffer, count, least, nodes in (
             (inner, held, length, first, head),
@@ -244,9 +258,6 @@ class GrowState(RulePass):
         body.remove(concat)
         body.insert_before(next(iter(body)), head)
         body.inputs[2 + growth.place] = held
-        states = len(node.inputs) - 2
-        body.inputs.insert(2 + states, length)
-        body.outputs.insert(1 + states, after)
 
         # Around it: the start in a buffer, and as much of what came out as was filled.
         made: list[ir.Node] = []
@@ -254,21 +265,27 @@ class GrowState(RulePass):
         if most > first:
             pads = ints([0] * rank + [most - first if i == axis else 0 for i in range(rank)])
             room = add(made, "Pad", [room, pads])
-        inputs = [*node.inputs, ints(first)]
+            room.shape = held.shape
+        inputs = list(node.inputs)
         inputs[2 + growth.place] = room
         like = list(node.outputs)
         like[growth.place] = ir.Value(type=kind, shape=held.shape)
-        like.insert(states, ir.Value(type=number, shape=length.shape))
+        if counting is None:
+            inputs.append(ints(first))
+            like.insert(states, ir.Value(type=number, shape=length.shape))
+        if graphs.scalar_of(node.inputs[0]) != turns:
+            inputs[0] = ints(turns)
         loop = ctx.node("Loop", inputs, {"body": body}, like=like)
         made.append(loop)
         outputs = {
-            old: loop.outputs[index + (index >= states)]
+            old: loop.outputs[index + (counting is None and index >= states)]
             for index, old in enumerate(node.outputs)
             if old.uses() or old.is_graph_output()
         }
         filled = node.outputs[growth.place]
         if filled in outputs and not _runs_to_the_end(node, ctx):
-            outputs[filled] = view(made, loop.outputs[growth.place], loop.outputs[states])
+            end = loop.outputs[states if counting is None else counting]
+            outputs[filled] = view(made, loop.outputs[growth.place], end)
         return _replace(node, loop, outputs, made, "buffer", ctx)
 
 
@@ -289,9 +306,14 @@ def _look_up(
         least: The least that ``length`` is.
         ctx: Makes nodes.
     """
-    places = _places(reader, value, growth, least)
     graph = reader.graph
-    if places is None or not isinstance(graph, ir.Graph):
+    if not isinstance(graph, ir.Graph):
+        return
+    if (reader.domain, reader.op_type) == ("", "Shape"):
+        _tell_size(reader, graph, length, growth, ctx)
+        return
+    places = _places(reader, value, growth, least)
+    if places is None:
         return
     index = ctx.constant(places, "places")
     gather = ctx.node("Gather", [buffer, index], {"axis": growth.axis}, like=reader.outputs[0])
@@ -304,6 +326,35 @@ def _look_up(
     result = reader.outputs[0]
     graph.insert_before(reader, gather)
     take_place(result, gather.outputs[0], graph)
+    graphs.detach(reader)
+    graph.remove(reader)
+
+
+def _tell_size(reader: ir.Node, graph: ir.Graph, length: ir.Value, growth: _Growth, ctx: Context) -> None:
+    """Let a Shape of a state be its length and the sizes of the other axes, where they are numbers."""
+    start, end = reader.attributes.get_int("start", 0), reader.attributes.get_int("end", None)
+    if any(attribute.is_ref() for attribute in reader.attributes.values()):
+        return
+    sizes = list(growth.shape)
+    sizes[growth.axis] = -1  # any number
+    told = sizes[start:end]
+    if not all(isinstance(size, int) for size in told):
+        return
+    at = list(range(len(sizes)))[start:end]
+    flat = ctx.node("Reshape", [length, ctx.constant(np.array([1], np.int64), "sizes")])
+    made = [flat]
+    if growth.axis not in at:
+        return
+    if len(at) > 1:
+        flat.outputs[0].name = ctx.fresh_name(f"{length.name}/flat")
+        flat.outputs[0].type = length.type
+        where = at.index(growth.axis)
+        around = [ctx.constant(np.array(part, np.int64), "sizes") for part in (told[:where], told[where + 1 :])]
+        made.append(ctx.node("Concat", [around[0], flat.outputs[0], around[1]], {"axis": 0}))
+    graph.insert_before(reader, made)
+    result = made[-1].outputs[0]
+    result.type, result.shape = length.type, reader.outputs[0].shape
+    take_place(reader.outputs[0], result, graph)
     graphs.detach(reader)
     graph.remove(reader)
 
@@ -382,7 +433,7 @@ def _growth(node: ir.Node, place: int, concat: ir.Node, shapes: Shapes, ctx: Con
     """What is to be known of a state that grows; None, with a word why, where it is not."""
     start = node.inputs[2 + place]
     assert start is not None
-    shape = trusted_shape(start)
+    shape = shapes[start] if start in shapes else trusted_shape(start)
     if shape is None or len(shape) == 0 or start.dtype is None:
         ctx.refuse(node, "the rank of what it starts to append to is not known")
         return None
@@ -414,6 +465,31 @@ def _part_shape(growth: _Growth) -> ir.Shape:
 def _only_appends(body: ir.Graph, growth: _Growth) -> bool:
     """Whether the body does nothing with a state but to append to it."""
     return len(body.inputs[2 + growth.place].uses()) == 1 and not growth.concat.outputs[0].uses()
+
+
+def _counting(node: ir.Node, concat: ir.Node, body: ir.Graph, first: int, step: int) -> int | None:
+    """Which state of a Loop is the length of another one already; None for none.
+
+    Args:
+        node: The Loop.
+        concat: Makes the other longer; the number for the next turn is to be there before.
+        body: Of the Loop, or a copy.
+        first: The length before the first turn.
+        step: How much longer it gets in a turn.
+    """
+
+    def is_number(value: ir.Value | None, wanted: int) -> bool:
+        array = graphs.constant_array(value, limit=1)
+        return array is not None and array.shape == () and array.dtype == np.int64 and int(array) == wanted
+
+    before = set(itertools.takewhile(lambda other: other is not concat, body))
+    for place, start in enumerate(node.inputs[2:]):
+        inner, maker = body.inputs[2 + place], body.outputs[1 + place].producer()
+        if maker not in before or (maker.domain, maker.op_type) != ("", "Add") or not is_number(start, first):
+            continue
+        if any(one is inner and is_number(other, step) for one, other in (maker.inputs, maker.inputs[::-1])):
+            return place
+    return None
 
 
 # -- the new Loop ------------------------------------------------------------------------------------------------------

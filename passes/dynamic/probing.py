@@ -79,27 +79,55 @@ def infer(
     graph = ir.Graph(
         inputs, [], nodes=copies, initializers=constants, opset_imports=ctx.model.opset_imports, name="probe"
     )
-    infer_shapes(ir.Model(graph, ir_version=ctx.model.ir_version))
+    _infer(ir.Model(graph, ir_version=ctx.model.ir_version))
     return {value: _named_back(trusted_shape(mirrored[value])) for node in nodes for value in node.outputs}
+
+
+def _infer(model: ir.Model) -> None:
+    """Infer the shapes of a network, also of Slices with computed ends, whose other axes onnx forgets."""
+    proven: dict[ir.Value, ir.Shape] = {}
+    while True:
+        infer_shapes(model, proven)
+        slices = [node for node in graphs.all_nodes(model) if (node.domain, node.op_type) == ("", "Slice")]
+        found = {node.outputs[0]: shape for node in slices if (shape := _of_slice(node)) is not None}
+        if found.keys() <= proven.keys():
+            return
+        proven = {**found, **proven}
+
+
+def _of_slice(node: ir.Node) -> ir.Shape | None:
+    """What a Slice leaves as it is, where onnx does not know that; None where it does."""
+    source, result = node.inputs[0], trusted_shape(node.outputs[0])
+    shape = None if source is None else trusted_shape(source)
+    axes = graphs.constant_array(node.inputs[3] if len(node.inputs) > 3 else None, limit=64)
+    if shape is None or result is None or axes is None or any(isinstance(size, int) for size in result):
+        return None
+    cut = {int(axis) % len(shape) for axis in axes}
+    kept = ir.Shape([None if axis in cut else size for axis, size in enumerate(shape)])
+    return kept if any(_is_named(size) for size in kept) else None
 
 
 def shapes_in_turns(loop: ir.Node, ctx: Context) -> Shapes:
     """What is true of shapes in every turn of a Loop, found by induction over the turns.
 
     Returns:
-        Value of the body, inputs included -> its shape, or None.
+        Value of the body, inputs included -> its shape, or None; and so of the body of a Loop around it.
     """
+    outer = _loop_around(loop, ctx)
+    around = {} if outer is None else shapes_in_turns(outer, ctx)
+    around = {value: shape for value, shape in around.items() if graphs.constant_tensor(value) is None}
     body = loop.attributes["body"].as_graph()
     counter, goes, *carried = body.inputs
     starts = loop.inputs[2:]
     assumed: Shapes = {
         **{value: value.shape for value in (counter, goes)},
         **{
-            inner: None if start is None else trusted_shape(start) for inner, start in zip(carried, starts, strict=True)
+            inner: None if start is None else around[start] if start in around else trusted_shape(start)
+            for inner, start in zip(carried, starts, strict=True)
         },
     }
     for _ in range(_TRIES):
-        found = infer(list(body), ctx, given=assumed)
+        found = infer(list(body), ctx, given={**around, **assumed})
         changed = False
         for inner, after in zip(carried, body.outputs[1:], strict=False):
             shape = assumed[after] if after in assumed else found[after] if after in found else trusted_shape(after)
@@ -107,8 +135,19 @@ def shapes_in_turns(loop: ir.Node, ctx: Context) -> Shapes:
             changed = changed or common != assumed[inner]
             assumed[inner] = common
         if not changed:
-            return {**found, **assumed}
+            return {**around, **found, **assumed}
     return {}
+
+
+def _loop_around(node: ir.Node, ctx: Context) -> ir.Node | None:
+    """The Loop whose body holds a node, with branches of Ifs between; None where there is none."""
+    graph = node.graph
+    while graph is not None and graph is not ctx.model.graph:
+        owner = next((other for other in graphs.all_nodes(ctx.model) if graph in graphs.subgraphs(other)), None)
+        if owner is None or (owner.domain, owner.op_type) == ("", "Loop"):
+            return owner
+        graph = owner.graph
+    return None
 
 
 def _common(one: ir.Shape | None, other: ir.Shape | None) -> ir.Shape | None:

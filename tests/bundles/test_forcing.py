@@ -147,6 +147,15 @@ def test_loops_are_tried_with_no_one_and_the_most_turns() -> None:
     assert tried[6:] == [{"free": 1, "inner": 1}, {"free": 1, "inner": 0}, {"inner": 1}, {"inner": 0}]
 
 
+def test_a_loop_is_not_sent_beyond_what_it_is_compared_with() -> None:
+    found = [Decision("fixed", True, limit=7), Decision("free", True), Decision("never", True)]
+    tried = ways(found, {"fixed", "free", "never"}, {"free": 4}, limits={"fixed": 5, "free": 3, "never": 0})
+    assert tried == [{"fixed": 0}, {"fixed": 1}, {"fixed": 5}, {"free": 0}, {"free": 1}, {"free": 3}, {"never": 0}]
+    assert forcing.sent("free", {"fixed": 1}, {"free": 3}) == -4
+    assert forcing.sent("free", {"fixed": 1}) == forcing.sent("free", {"fixed": 1}, {"free": 1000}) == -65
+    assert forcing.sent("free", {}, {"free": 3}) == -1
+
+
 def test_what_no_output_depends_on_is_no_decision() -> None:
     text = IFS.replace("y = If (up2)", "unread = If (up2)").replace("(float[2] y)", "(float[2] b)")
     made = model_from_text(text)

@@ -90,6 +90,7 @@ def rehearse_samples(
     if graphs.opset(model) < forcing.OLDEST:
         raise BadInput(f"opset {graphs.opset(model)} has no operators to force decisions with", where=str(bundle))
     network = Original(model, custom_ops=custom_ops, random=reference.random)
+    network.limits = runs[0].limits
     cut = samples_of(plan, reference.feeds)[:_SAMPLES]
     if not cut:
         raise BadInput("the inputs hold no sample", where=str(bundle), hint="give some with --calibration")
@@ -156,7 +157,7 @@ def _sent(
     network: Original, cut: Sequence[Mapping[str, Any]], there: set[str], run: Rehearsal, outcome: Outcome
 ) -> list[_Sample]:
     """Samples that are sent ways: every way at least once as far as their number goes."""
-    ways = forcing.ways(network.decisions, there, decided=run.decided)
+    ways = forcing.ways(network.decisions, there, decided=run.decided, limits=run.limits)
     made: list[_Sample] = []
     for number, way in enumerate(ways[: max(_SENT, 1)]):
         feeds = cut[number % len(cut)]

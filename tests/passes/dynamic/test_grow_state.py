@@ -6,7 +6,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from graphopt import graphs
 from graphopt.passes.dynamic.grow_state import GrowState
 from tests.passes.common import applications, assert_same_bits, op_types, run_pass
 
@@ -316,3 +319,140 @@ def test_a_buffer_of_what_onnxruntime_can_pad(kind: str, applied: int) -> None:
     _, records = run_pass(model, GrowState, target=RTX)
     assert applications(records) == applied
     assert applied or "cannot pad" in records[0].reason + " ".join(records[0].near_misses.values())
+
+
+# -- several states, and loops that a condition ends -------------------------------------------------------------------
+
+
+def attending(
+    *, keys: int = 2, values: int = 2, each: int = 1, trips: str = "", limit: int = 5, last: int = 99, states: str = ""
+) -> str:
+    """A Loop with a cache of keys and one of values, the values of which are computed with both."""
+    return f"""
+        <ir_version: 10, opset_import: ["": 18]>
+        g (float[1,4] x, float[1,{keys},4] k0, float[1,{values},4] v0)
+            => (float[1,4] y, float[1,kn,4] keys, float[1,vn,4] values, int64 last)
+        <bool yes = {{1}}, int64 zero = {{0}}, int64 one = {{1}}, int64 limit = {{{limit}}}, int64 most = {{{last}}},
+         int64 trips = {{3}}, int64[1] ax = {{1}}, int64[3] sizes = {{1, {each}, 4}}, int64[3] rows = {{1, 1, 4}},
+         float edge = {{0.2}}> {{
+            y, keys, values, last = Loop({trips}, yes, x, k0, v0, zero) <
+                body = step (int64 i, bool go, float[1,4] h, float[1,k,4] s, float[1,v,4] r, int64 n)
+                       => (bool again, float[1,4] next, float[1,k1,4] s1, float[1,v1,4] r1, int64 n1) {{
+                    q = Unsqueeze(h, ax)
+                    p = Expand(q, sizes)
+                    s1 = Concat<axis = 1>(s, p)
+                    t = Transpose<perm = [0, 2, 1]>(s1)
+                    scores = MatMul(q, t)
+                    total = ReduceSum(scores)
+                    mixed = Tanh(total)
+                    held = ReduceMax<keepdims = 1>(r, ax)
+                    part = Add(held, mixed)
+                    flat = Reshape(part, rows)
+                    f = Expand(flat, sizes)
+                    r1 = Concat<axis = 1>(r, f)
+                    next = Squeeze(flat, ax)
+                    n1 = Add(n, one)
+                    few = Less(n1, limit)
+                    width = Shape<start = 1, end = 2>(s1)
+                    long = Squeeze(width)
+                    short = LessOrEqual(long, most)
+                    both = And(few, short)
+                    first = ReduceMax<keepdims = 0>(next)
+                    small = Less(first, edge)
+                    again = And(both, small)
+                }}
+            >
+        }}"""
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    keys=st.integers(0, 3),
+    values=st.integers(1, 3),
+    each=st.integers(1, 3),
+    limit=st.integers(-1, 5),
+    last=st.integers(0, 12),
+    trips=st.sampled_from(["", "trips"]),
+    scale=st.sampled_from([0.1, -1.0, -3.0]),
+)
+def test_all_states_are_held_in_buffers(
+    keys: int, values: int, each: int, limit: int, last: int, trips: str, scale: float
+) -> None:
+    model = attending(keys=keys, values=values, each=each, limit=limit, last=last, trips=trips)
+    result, records = run_pass(model, GrowState, target=RTX)
+    assert applications(records) == 2
+    kinds = [node.op_type for node in body_of(result)]
+    assert "Concat" not in kinds
+    assert "Shape" not in kinds
+    # States of one length are counted once.
+    assert len(body_of(result).inputs) == 6 + len({keys, values})
+    numbers = np.random.default_rng(keys + 10 * values)
+    assert_same_bits(
+        model,
+        result,
+        {
+            "x": numbers.standard_normal((1, 4)).astype(np.float32),
+            "k0": numbers.standard_normal((1, keys, 4)).astype(np.float32),
+            "v0": (numbers.standard_normal((1, values, 4)) * scale).astype(np.float32),
+        },
+    )
+
+
+def test_a_while_gets_the_count_that_its_condition_says() -> None:
+    for last, turns in ((99, 5), (4, 3), (2, 1)):
+        result, _ = run_pass(attending(last=last), GrowState, target=RTX)
+        (loop,) = (node for node in result.graph if node.op_type == "Loop")
+        assert graphs.scalar_of(loop.inputs[0]) == turns
+        assert loop.inputs[1] is not None
+        assert [value.shape for value in body_of(result).inputs[3:5]] == [[1, 2 + turns, 4]] * 2
+
+
+def test_a_loop_in_a_loop_keeps_its_own_count() -> None:
+    model = """
+        <ir_version: 10, opset_import: ["": 18]>
+        g (float[2] x, bool on) => (float[2] y)
+        <bool yes = {1}, int64 zero = {0}, int64 one = {1}, int64 three = {3}, int64[1] ax = {0},
+         float[1,2] start = {1, 2}, int64 two = {2}, int64[1] size = {2}> {
+            y = Loop(two, yes, x) <
+                body = step (int64 i, bool go, float[2] h) => (bool again, float[2] next) {
+                    again = Identity(go)
+                    l, s, m = Loop(, on, h, start, zero) <
+                        body = turn (int64 j, bool going, float[2] a, float[k,2] b, int64 n)
+                                => (bool more, float[2] a1, float[k1,2] b1, int64 n1) {
+                            u = Unsqueeze(a, ax)
+                            b1 = Concat<axis = 0>(b, u)
+                            t = ReduceSum<keepdims = 0>(b1, ax)
+                            a1 = Tanh(t)
+                            n1 = Add(n, one)
+                            more = Less(n1, three)
+                        }
+                    >
+                    r = ReduceSum<keepdims = 0>(s, ax)
+                    both = Add(r, l)
+                    next = Reshape(both, size)
+                }
+            >
+        }"""
+    result, records = run_pass(model, GrowState, target=RTX)
+    assert applications(records) == 1
+    for on in (True, False):
+        assert_same_bits(model, result, {"x": np.array([0.5, -1], np.float32), "on": np.array(on)})
+
+
+@pytest.mark.parametrize(
+    ("read", "shapes"),
+    [
+        ("size = Shape(s) f = Cast<to = 1>(size) t = ReduceSum<keepdims = 0>(f) u = Add(h, t) n = Tanh(u)", False),
+        ("size = Shape<start = -1>(s) f = Cast<to = 1>(size) u = Add(h, f) n = Tanh(u)", False),
+        ("size = Shape<end = 1>(s) f = Cast<to = 1>(size) u = Add(h, f) n = Tanh(u)", True),
+        ("size = Shape<start = 2>(s) f = Cast<to = 1>(size) t = ReduceSum<keepdims = 0>(f) u = Add(h, t) n = Tanh(u)",
+         True),
+    ],
+)  # fmt: skip
+def test_sizes_of_a_state_are_read_from_its_length(read: str, shapes: bool) -> None:
+    model = appending(start="[2,2]", read=read, trips="three")
+    model = model.replace("[2,2] s)", "[a,b] s)").replace("[2,2] more)", "[a1,b1] more)")
+    result, records = run_pass(model, GrowState, target=RTX)
+    assert applications(records) == 1
+    assert ("Shape" in [node.op_type for node in body_of(result)]) == shapes
+    assert_same_bits(model, result, *feeds(lengths=(2,)))
