@@ -16,6 +16,8 @@ from graphopt.exporting.branches.errors import Refusal
 from graphopt.exporting.branches.markers import translations
 from graphopt.exporting.branches.places import Place
 from graphopt.exporting.factory import Example, _relative
+from graphopt.exporting.numbers import exact_numbers
+from graphopt.exporting.recurrent import shapes_of_recurrent_layers
 from graphopt.exporting.sizes.guards import Guard, Questions, fixes_an_axis, guards_of, questions, user_symbols
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def capture(
         raise BadInput(
             f"opset {opset} is too old for torch's exporter", where="--opset", hint=f"{OLDEST_OPSET} or newer"
         )
-    with quiet(not verbose), torch.no_grad():
+    with quiet(not verbose), torch.no_grad(), shapes_of_recurrent_layers():
         exported, traced = _exported(example, name, torch, promote=promote, free=free, verbose=verbose)
         program = exported.program
         _name_all_axes(program, torch)
@@ -102,7 +104,7 @@ def capture(
                 opset_version=opset,
                 dynamic_shapes=None if free else exported.shapes,
                 verbose=False,
-                custom_translation_table=translations() if traced is not None else None,
+                custom_translation_table=exact_numbers() | (translations() if traced is not None else {}),
             )
         except Exception as error:
             raise _torch_error(error, name) from error
@@ -182,6 +184,8 @@ def _export_paths(example: Example, name: str, torch: Any, promote: bool, free: 
 
 
 def _export_program(example: Example, name: str, torch: Any, free: bool) -> _Exported:
+    from torch._dynamo.exc import UserError  # before anything is tried: an interrupt may leave torch half imported
+
     if free:
         shapes = {
             key: dict.fromkeys(example.axes.get(key, {}), torch.export.Dim.AUTO) or None for key in example.inputs
@@ -214,7 +218,7 @@ def _export_program(example: Example, name: str, torch: Any, free: bool) -> _Exp
                     prefer_deferred_runtime_asserts_over_guards=deferred,
                 )
             return _Exported(program, shapes, noted)
-        except torch._dynamo.exc.UserError as error:
+        except UserError as error:
             refined = _refine(str(error), shapes, symbols, name, noted.fixed_at())
             if refined is not None:
                 shapes = refined

@@ -74,14 +74,17 @@ def run_example(example: Example, name: str) -> tuple[list[torch.Tensor], list[s
     """What the module makes of its own example inputs, run twice, and notes. Its buffers are as before after it.
 
     Raises:
-        BadInput: The module fails on them.
+        BadInput: The module fails on them, or does not end.
         GateFailed: The module does not compute the same twice from the same inputs.
     """
     import torch
 
+    from graphopt.exporting.branches.following import Bounded
+
     before = {key: value.clone() for key, value in example.module.named_buffers()}
     try:
-        expected = run_eager(example, example.inputs)
+        with Bounded():
+            expected = run_eager(example, example.inputs)
     except Exception as error:
         raise BadInput(f"forward fails on the example inputs: {describe(error)}", where=name) from error
     if not expected:

@@ -106,6 +106,14 @@ class Follower(Questions):
             self.followed.faithful = False
         return chosen
 
+    def cast(self, kind: Any, *arguments: Any) -> Any:
+        made = super().cast(kind, *arguments)
+        asked = [value for value in arguments if is_tensor(value) and not numbers.is_number(value)]
+        if kind in (bool, int) and len(arguments) == len(asked) == 1:
+            # The user's own code asks the tensor here, for what it is; what is decided on the number comes later.
+            self.followed.answers.append(natural_truth(asked[0]) if kind is bool else _natural_int(asked[0]))
+        return made
+
     def _logged(self, asked: Any, natural: bool, *, of_value: bool = False) -> bool:
         """The truth of the next decision of this region."""
         address = self.stack.top.next_decision()
@@ -258,7 +266,7 @@ class Bounded(TorchFunctionMode):  # type: ignore[misc]
         if function in (torch.Tensor.__bool__, torch.Tensor.item):
             self.asked += 1
             if self.asked > MOST_TURNS:
-                raise RuntimeError("a loop does not end")
+                raise RuntimeError(f"a loop does not end: tensors were asked more than {MOST_TURNS:,} times")
         return function(*args, **(kwargs or {}))
 
 
