@@ -33,7 +33,7 @@ format: $(VENV)/.test ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.bench ## run what is behind the README's tables and write them; two hours, quiet machine
+bench: $(VENV)/.bench ## run what is behind the README's tables and write them; three hours, quiet machine
 	$(BIN)/python -m benchmarks.run_all
 	$(BIN)/python -m benchmarks.readme_tables
 
