@@ -16,12 +16,15 @@ from tests.models.endless import NEVER, endless
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = """
+import signal
 import sys
 
 import onnxruntime
 
 from graphopt.cli.main import run
 
+# Where a shell runs the tests in the background, Ctrl-C is ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 plain = onnxruntime.InferenceSession.run
 
 
